@@ -1,0 +1,27 @@
+"""What the pipeline and the torch engine expect of a network."""
+
+import torch
+from torch import Tensor, nn
+
+
+class Classifier(nn.Module):
+    """A network that takes what a person has and answers with probabilities.
+
+    A subclass is called `Network`, lives in `models/<name>/network.py` and takes the keywords under `train.network` in params.yaml.
+    It implements `logits`; `adapt` and `augment` where it has preprocessing to fit or training rows to vary.
+    """
+
+    def adapt(self, inputs: Tensor) -> None:
+        """Fit the statistics of the preprocessing (means, scales) to the training rows; they become buffers of the state_dict."""
+
+    def augment(self, inputs: Tensor) -> Tensor:
+        """A random variation of a training batch, in the units of the input tensor and of the same shape."""
+        return inputs
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        """Unnormalised log-probabilities, (batch, classes), of a batch as the contract describes it."""
+        raise NotImplementedError
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Probabilities, (batch, classes); each row sums to one."""
+        return torch.softmax(self.logits(inputs), dim=1)

@@ -1,0 +1,115 @@
+"""Judge the two files that are served, on the whole test set; fail when they disagree or miss a quality gate."""
+
+import csv
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from sklearn.model_selection import StratifiedKFold
+
+import models
+from pipeline.metrics import measure, roc
+from pipeline.stage import PipelineError, folder, load_params, main, prepared
+from pipeline.train import Params as TrainParams
+from pipeline.train import build, fit
+
+TOLERANCE = 1e-5  # largest difference of a probability between torch and onnxruntime
+
+
+@dataclass(frozen=True, kw_only=True)
+class Params:
+    """Section `evaluate` of params.yaml."""
+
+    gates: dict[str, dict[str, float]]  # data set (full, sample) -> metric, dotted -> the least that passes
+    folds: int = 0  # of a stratified cross-validation over the training rows, at the settings of `train`; 0 does none
+
+
+def with_torch(model: str, inputs: np.ndarray) -> np.ndarray:
+    """Probabilities, (rows, classes), from model.pt."""
+    network = build(model, load_params(model, "train", TrainParams).network).eval()
+    network.load_state_dict(torch.load(folder(model) / "model.pt", weights_only=True))
+    with torch.inference_mode():
+        return np.concatenate([network(rows).numpy() for rows in torch.from_numpy(inputs).split(1000)])
+
+
+def with_onnxruntime(model: str, inputs: np.ndarray) -> np.ndarray:
+    """Probabilities, (rows, classes), from model.onnx, on the CPU."""
+    session = onnxruntime.InferenceSession(folder(model) / "model.onnx", providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return np.concatenate([session.run(None, {name: inputs[i : i + 1000]})[0] for i in range(0, len(inputs), 1000)])
+
+
+def compare(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
+    """How far two sets of probabilities, (rows, classes), lie apart. Raises PipelineError when a label or a probability differs."""
+    flips = np.flatnonzero(ours.argmax(axis=1) != theirs.argmax(axis=1))
+    if len(flips):
+        raise PipelineError(f"torch and onnxruntime give different labels for {len(flips)} test rows, the first is row {flips[0]}")
+    difference = float(np.abs(ours - theirs).max())
+    if not difference <= TOLERANCE:
+        raise PipelineError(f"a probability differs by {difference:.2g} between torch and onnxruntime; {TOLERANCE:g} is allowed")
+    return {"label_flips": len(flips), "largest_difference": difference}
+
+
+def cross_validate(model: str, inputs: np.ndarray, targets: np.ndarray, folds: int) -> dict[str, dict[str, float]]:
+    """Mean and standard deviation over the folds of each metric on the rows left out."""
+    params = load_params(model, "train", TrainParams)
+    scores = []
+    for fold, (fitted, left_out) in enumerate(StratifiedKFold(folds, shuffle=True, random_state=params.seed).split(inputs, targets)):
+        network = fit(model, inputs[fitted], targets[fitted], replace(params, seed=params.seed + fold))
+        with torch.inference_mode():
+            scores.append(measure(network(torch.from_numpy(inputs[left_out])).numpy(), targets[left_out]))
+    table = {name: [score[name] for score in scores] for name in scores[0] if name != "rows"}
+    return {name: {"mean": float(np.mean(values)), "std": float(np.std(values, ddof=1))} for name, values in table.items()}
+
+
+def check_gates(metrics: dict[str, Any], gates: dict[str, float]) -> None:
+    """Raise PipelineError that names every metric which misses its bound."""
+    missed = []
+    for name, bound in gates.items():
+        value: Any = metrics
+        for key in name.split("."):
+            if not isinstance(value, dict) or key not in value:
+                raise PipelineError(f"params.yaml: gate {name!r} names no metric; there are {', '.join(metrics)}")
+            value = value[key]
+        if not value >= bound:
+            missed.append(f"{name} is {value:.4f}, below its bound {bound:.4f}")
+    if missed:
+        raise PipelineError("quality gate missed: " + "; ".join(missed))
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Write a small table for `dvc plots`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+
+
+def evaluate(model: str) -> None:
+    """Stage: model.onnx, model.pt -> metrics.json, plots/confusion.csv, plots/roc.csv; fails when a gate is missed."""
+    params = load_params(model, "evaluate", Params)
+    data = np.load(prepared(model))
+    source, targets = str(data["source"]), data["test_targets"]
+    if source not in params.gates:
+        raise PipelineError(f"params.yaml: models.{model}.evaluate.gates has no entry for the data set {source!r}")
+    probabilities = with_onnxruntime(model, data["test_inputs"])
+    agreement = compare(with_torch(model, data["test_inputs"]), probabilities)
+    metrics: dict[str, Any] = {"data": source, **measure(probabilities, targets), **agreement}
+    if params.folds:
+        metrics["cross_validation"] = cross_validate(model, data["train_inputs"], data["train_targets"], params.folds)
+    (folder(model) / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+
+    labels = models.load(model, "contract").CONTRACT.labels
+    answers = zip(targets, probabilities.argmax(axis=1), strict=True)
+    write_csv(folder(model) / "plots" / "confusion.csv", ("truth", "answer"), ((labels[t], labels[a]) for t, a in answers))
+    write_csv(folder(model) / "plots" / "roc.csv", ("false_positive_rate", "true_positive_rate"), roc(probabilities, targets))
+    check_gates(metrics, params.gates[source])
+    print(f"{model}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if isinstance(value, float)))
+
+
+if __name__ == "__main__":
+    main(evaluate)

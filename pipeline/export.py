@@ -1,0 +1,129 @@
+"""Turn a checkpoint into the files that are served: model.onnx, model.pt and card.json."""
+
+import hashlib
+import os
+import subprocess
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import onnx
+import torch
+
+import models
+from models.contract import Contract
+from models.network import Classifier
+from pipeline.metrics import measure
+from pipeline.stage import PipelineError, folder, load_params, main, prepared
+from pipeline.train import Params as TrainParams
+from pipeline.train import build
+
+EXAMPLES = 8  # the card shows the first test rows, and the first of each class
+
+
+@dataclass(frozen=True, kw_only=True)
+class Params:
+    """Section `export` of params.yaml."""
+
+    opset: int
+
+
+def to_onnx(network: Classifier, contract: Contract, example: torch.Tensor, opset: int) -> onnx.ModelProto:
+    """Export a network as one ONNX graph with a dynamic batch axis; equal networks give equal bytes.
+
+    `example` is an input batch of at least two rows. Raises PipelineError when the batch axis would be fixed.
+    """
+    program = torch.onnx.export(
+        network,
+        (example,),
+        dynamo=True,
+        external_data=False,
+        opset_version=opset,
+        input_names=[contract.input.name],
+        output_names=[contract.output.name],
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        verbose=False,
+    )
+    if program is None:
+        raise PipelineError("torch.onnx.export gave no program")
+    graph = program.model_proto
+    for value in (*graph.graph.input, *graph.graph.output):
+        if not value.type.tensor_type.shape.dim[0].dim_param:
+            raise PipelineError(f"the batch axis of {value.name!r} is fixed in the ONNX graph: let no shape in forward depend on it")
+    strip(graph)
+    onnx.checker.check_model(graph, full_check=True)
+    return graph
+
+
+def strip(graph: onnx.ModelProto) -> None:
+    """Remove what varies between equal networks: stack traces, source positions, documentation."""
+    holders: list[Any] = [graph, graph.graph, *graph.functions, *graph.graph.node, *graph.graph.value_info, *graph.graph.initializer]
+    holders += [*graph.graph.input, *graph.graph.output, *(node for function in graph.functions for node in function.node)]
+    for holder in holders:
+        holder.ClearField("metadata_props")
+        holder.ClearField("doc_string")
+
+
+def git_commit() -> str:
+    """The commit of the code, with `-dirty` when code or parameters differ from it; `unknown` outside a repository."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()  # noqa: S607
+    changes = ["git", "diff", "--quiet", "HEAD", "--", "models/**.py", "pipeline", "params.yaml", "dvc.yaml"]
+    dirty = commit and subprocess.run(changes, capture_output=True, check=False).returncode  # noqa: S603
+    return (commit or "unknown") + ("-dirty" if dirty else "")
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Write a file whole: a reader sees the old bytes or the new ones."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(content)
+    os.replace(partial, path)
+
+
+def describe(model: str, network: Classifier) -> dict[str, Any]:
+    """The card: the contract, the measured figures, where the model comes from, and test rows with their answers."""
+    contract: Contract = models.load(model, "contract").CONTRACT
+    data = np.load(prepared(model))
+    inputs, targets = data["test_inputs"], data["test_targets"]
+    with torch.inference_mode():
+        probabilities = network(torch.from_numpy(inputs)).numpy()
+    rows = sorted({*range(EXAMPLES), *np.unique(targets, return_index=True)[1].tolist()})
+    return {
+        "name": model,
+        "version": "1",
+        **asdict(contract),
+        "metrics": measure(probabilities, targets),
+        "data": {"source": str(data["source"]), "sha256": sha256(prepared(model))},
+        "params": {section: load_params(model, section, dict[str, Any]) for section in ("prepare", "train", "export")},
+        "git_commit": git_commit(),
+        "files": {name: sha256(folder(model) / name) for name in ("model.onnx", "model.pt")},
+        "examples": [
+            {
+                "input": inputs[row].tolist(),
+                "target": contract.labels[targets[row]],
+                "probabilities": probabilities[row].tolist(),
+            }
+            for row in rows
+        ],
+    }
+
+
+def export(model: str) -> None:
+    """Stage: checkpoint.pt -> model.pt, model.onnx, card.json."""
+    network = build(model, load_params(model, "train", TrainParams).network).eval()
+    network.load_state_dict(torch.load(folder(model) / "checkpoint.pt", weights_only=True))
+    torch.save(network.state_dict(), folder(model) / "model.pt")
+    example = torch.from_numpy(np.load(prepared(model))["test_inputs"][:2])
+    graph = to_onnx(network, models.load(model, "contract").CONTRACT, example, load_params(model, "export", Params).opset)
+    replace(folder(model) / "model.onnx", graph.SerializeToString(deterministic=True))
+    replace(folder(model) / "card.json", msgspec.json.format(msgspec.json.encode(describe(model, network)), indent=1))
+
+
+if __name__ == "__main__":
+    main(export)

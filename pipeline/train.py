@@ -1,0 +1,149 @@
+"""Train one model on its prepared rows: in memory, on one device, in one loop."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from dvclive import Live
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+import models
+from models.network import Classifier
+from pipeline.stage import PipelineError, folder, load_params, main, prepared
+
+CURVE_POINTS = 100  # at most so many points a learning curve
+
+
+@dataclass(frozen=True, kw_only=True)
+class Params:
+    """Section `train` of params.yaml."""
+
+    seed: int
+    device: str  # auto | cpu | cuda
+    epochs: int
+    batch_size: int  # rows; more than there are means full batches
+    optimizer: dict[str, Any]  # `name`: a class of torch.optim; the rest are its arguments
+    warmup: float = 0.0  # share of all steps in which the learning rate rises; then it falls to 0 along a cosine
+    label_smoothing: float = 0.0
+    validation_rows: int = 0  # so many random training rows are held out, to choose settings by
+    network: dict[str, Any] = field(default_factory=dict)  # arguments of the model's Network
+
+
+def choose_device(wish: str) -> torch.device:
+    """`auto` is CUDA when there is a GPU. Raises PipelineError when CUDA is demanded and there is none."""
+    if wish not in ("auto", "cpu", "cuda"):
+        raise PipelineError(f"device: {wish!r} is not known; use auto, cpu or cuda")
+    if wish == "cuda" and not torch.cuda.is_available():
+        raise PipelineError("device: cuda is demanded, but torch sees no GPU; use auto or cpu")
+    return torch.device("cuda" if wish != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def build(model: str, arguments: dict[str, Any]) -> Classifier:
+    """The model's network, untrained. Raises PipelineError when it does not take these arguments."""
+    try:
+        network: Classifier = models.load(model, "network").Network(**arguments)
+    except TypeError as error:
+        raise PipelineError(f"params.yaml: models.{model}.train.network: {error}") from error
+    return network
+
+
+def build_optimizer(network: Classifier, arguments: dict[str, Any]) -> torch.optim.Optimizer:
+    """An optimiser of torch.optim by name. Raises PipelineError when there is none, or it does not take these arguments."""
+    options = dict(arguments)
+    kind = getattr(torch.optim, str(options.pop("name", None)), None)
+    if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
+        raise PipelineError(f"optimizer: {arguments.get('name')!r} is no optimiser of torch.optim; use SGD, RMSprop, Adam or AdamW")
+    try:
+        return kind(network.parameters(), **options)
+    except (TypeError, ValueError) as error:
+        raise PipelineError(f"optimizer: {kind.__name__}: {error}") from error
+
+
+def schedule(warmup: float, steps: int) -> Any:
+    """Factor of the learning rate by step: a linear rise over the share `warmup` of all steps, then half a cosine to 0."""
+    rise = max(1, round(warmup * steps))
+
+    def factor(step: int) -> float:
+        if step < rise:
+            return (step + 1) / rise
+        return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+
+    return factor
+
+
+@torch.no_grad()
+def score(network: Classifier, inputs: Tensor, targets: Tensor) -> dict[str, float]:
+    """Mean loss and accuracy over all rows."""
+    network.eval()
+    logits = torch.cat([network.logits(rows) for rows in inputs.split(1000)])  # (rows, classes)
+    return {
+        "loss": cross_entropy(logits, targets).item(),
+        "accuracy": (logits.argmax(dim=1) == targets).float().mean().item(),
+    }
+
+
+def fit(model: str, inputs: np.ndarray, targets: np.ndarray, params: Params, live: Live | None = None) -> Classifier:
+    """Train a fresh network on all rows but `validation_rows`; return it on the CPU, in evaluation mode.
+
+    inputs: (rows, ...) as the contract describes them; targets: (rows,) class indices. Learning curves go to `live`.
+    """
+    torch.manual_seed(params.seed)
+    device = choose_device(params.device)
+    network = build(model, params.network).to(device)
+    optimizer = build_optimizer(network, params.optimizer)
+
+    x, y = torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device)
+    held_out, rows = torch.randperm(len(x)).to(device).split([params.validation_rows, len(x) - params.validation_rows])
+    validation_x, validation_y, x, y = x[held_out], y[held_out], x[rows], y[rows]
+    network.adapt(x)
+
+    steps = params.epochs * math.ceil(len(x) / params.batch_size)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(params.warmup, steps))
+    progress = tqdm(range(params.epochs), desc=f"train {model} on {device.type}", unit="epoch", mininterval=0.5)
+    for epoch in progress:
+        network.train()
+        loss_sum, correct = torch.zeros(2, device=device)
+        for batch in torch.randperm(len(x), device=device).split(params.batch_size):
+            logits = network.logits(network.augment(x[batch]))  # (batch, classes)
+            loss = cross_entropy(logits, y[batch], label_smoothing=params.label_smoothing)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            scheduler.step()
+            loss_sum += loss.detach() * len(batch)
+            correct += (logits.argmax(dim=1) == y[batch]).sum()
+
+        if (epoch + 1) % math.ceil(params.epochs / CURVE_POINTS) == 0 or epoch + 1 == params.epochs:
+            curves = {"train": {"loss": loss_sum.item() / len(x), "accuracy": correct.item() / len(x)}}
+            if len(held_out):
+                curves["validation"] = score(network, validation_x, validation_y)
+            progress.set_postfix({f"{part} {name}": f"{value:.4f}" for part, c in curves.items() for name, value in c.items()})
+            if live:
+                log(live, epoch + 1, curves)
+    return network.cpu().eval()
+
+
+def log(live: Live, epoch: int, curves: dict[str, dict[str, float]]) -> None:
+    """Add one point to each learning curve."""
+    live.step = epoch
+    for part, values in curves.items():
+        for name, value in values.items():
+            live.log_metric(f"{part}/{name}", value)
+    live.make_summary()
+
+
+def train(model: str) -> None:
+    """Stage: prepared rows -> checkpoint.pt (state_dict) and learning curves."""
+    params = load_params(model, "train", Params)
+    data = np.load(prepared(model))
+    with Live(str(folder(model) / "curves"), dvcyaml=False, save_dvc_exp=False) as live:
+        network = fit(model, data["train_inputs"], data["train_targets"], params, live)
+    torch.save(network.state_dict(), folder(model) / "checkpoint.pt")
+
+
+if __name__ == "__main__":
+    main(train)
