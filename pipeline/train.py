@@ -30,6 +30,7 @@ class Params:
     warmup: float = 0.0  # share of all steps in which the learning rate rises; then it falls to 0 along a cosine
     label_smoothing: float = 0.0
     validation_rows: int = 0  # so many random training rows are held out, to choose settings by
+    threads: int = 0  # of torch on the CPU; 0: one a core. Small networks are quicker with 1
     network: dict[str, Any] = field(default_factory=dict)  # arguments of the model's Network
 
 
@@ -92,6 +93,8 @@ def fit(model: str, inputs: np.ndarray, targets: np.ndarray, params: Params, liv
     inputs: (rows, ...) as the contract describes them; targets: (rows,) class indices. Learning curves go to `live`.
     """
     torch.manual_seed(params.seed)
+    if params.threads:
+        torch.set_num_threads(params.threads)
     device = choose_device(params.device)
     network = build(model, params.network).to(device)
     optimizer = build_optimizer(network, params.optimizer)

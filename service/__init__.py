@@ -1,0 +1,1 @@
+"""The gRPC service: request bytes -> servicer -> batcher -> engine -> rows back to their callers."""

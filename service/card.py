@@ -1,0 +1,128 @@
+"""A model's card: the contract, figures and origin of a trained model, as `export` wrote them beside model.onnx."""
+
+import hashlib
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from service.errors import InvalidInputError, StartupError
+
+DTYPES = {"UINT8": np.dtype("u1"), "INT64": np.dtype("<i8"), "FP32": np.dtype("<f4")}
+
+Rows = NDArray[Any]
+Datatype = Literal["UINT8", "INT64", "FP32"]
+
+
+class Feature(msgspec.Struct, frozen=True):
+    """One measurement: name, unit and the closed range in which a value is accepted."""
+
+    name: str
+    unit: str
+    minimum: float
+    maximum: float
+
+
+class Tensor(msgspec.Struct, frozen=True, dict=True):
+    """A tensor; `shape` is that of one row, before it comes the batch axis."""
+
+    name: str
+    datatype: Datatype
+    shape: tuple[int, ...]
+
+    @cached_property
+    def dtype(self) -> np.dtype[Any]:
+        """The numpy dtype, little-endian."""
+        return DTYPES[self.datatype]
+
+
+class Input(Tensor, frozen=True, kw_only=True):
+    """The input tensor. `features` has one entry a column of the last axis, or one for every element."""
+
+    features: tuple[Feature, ...]
+    missing: bool
+
+    @cached_property
+    def _bounds(self) -> tuple[Rows, Rows] | None:
+        """The accepted range, broadcast against a row; None when the datatype holds nothing else."""
+        low, high = (np.array([getattr(feature, end) for feature in self.features]) for end in ("minimum", "maximum"))
+        if self.dtype.kind in "iu" and low.min() <= np.iinfo(self.dtype).min and high.max() >= np.iinfo(self.dtype).max:
+            return None
+        return low.astype(self.dtype), high.astype(self.dtype)
+
+    def check(self, rows: Rows, where: str) -> None:
+        """Raise InvalidInputError unless every value of `rows`, (batch, *shape), lies in its range.
+
+        `where` names the field in the request; `{row}` and `{feature}` in it are filled in.
+        """
+        if self._bounds is None:
+            return
+        low, high = self._bounds
+        good = (rows >= low) & (rows <= high)
+        if good.all():
+            return
+        if self.missing:
+            good |= np.isnan(rows)
+        if not good.all():
+            row, *rest = (int(i) for i in np.argwhere(~good)[0])
+            feature = self.features[rest[-1] if len(self.features) > 1 else 0]
+            accepted = f"{feature.minimum:g} to {feature.maximum:g} {feature.unit}".strip()
+            raise InvalidInputError(
+                where.format(row=row, feature=feature.name),
+                f"{rows[(row, *rest)]:g} is outside what {feature.name} can be: {accepted}" + ", or NaN for not measured" * self.missing,
+            )
+
+
+class Example(msgspec.Struct, frozen=True):
+    """A test row, its true label and the probabilities that the trained model gave."""
+
+    input: Any
+    target: str
+    probabilities: list[float]
+
+
+class Card(msgspec.Struct, frozen=True):
+    """What the service knows of a model; all it needs besides model.onnx."""
+
+    name: str
+    version: str
+    description: str
+    input: Input
+    output: Tensor
+    labels: tuple[str, ...]
+    metrics: dict[str, float]
+    data: dict[str, str]
+    params: dict[str, Any]
+    git_commit: str
+    files: dict[str, str]
+    examples: tuple[Example, ...]
+
+    def example_rows(self) -> Rows:
+        """The inputs of the examples, (examples, *shape)."""
+        return np.array([example.input for example in self.examples], dtype=self.input.dtype)
+
+
+def read_card(folder: Path) -> Card:
+    """Read card.json of a trained model. Raises StartupError when it is not there or not a card."""
+    path = folder / "card.json"
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Card)
+    except FileNotFoundError:
+        raise StartupError(f"{path} is missing: run `dvc repro` to train the model") from None
+    except msgspec.MsgspecError as error:
+        raise StartupError(f"{path} is no model card: {error}; run `dvc repro` to write it anew") from error
+
+
+def verify(folder: Path, card: Card, name: str) -> bytes:
+    """Read a file of a trained model. Raises StartupError when it is missing or not the one that the card describes."""
+    path = folder / name
+    if not path.is_file():
+        raise StartupError(f"{path} is missing: run `dvc repro` to train the model")
+    content = path.read_bytes()
+    found, expected = hashlib.sha256(content).hexdigest(), card.files.get(name)
+    if found != expected:
+        raise StartupError(f"{path} is not the file that its card.json describes: expected SHA-256 {expected}, found {found}")
+    return content

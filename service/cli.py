@@ -1,0 +1,205 @@
+"""The command `trefoil`."""
+
+import asyncio
+import dataclasses
+import json
+import logging
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, get_args
+
+import click
+import grpc
+
+from service.client import MEASUREMENTS, Client
+from service.config import Config
+from service.errors import StartupError
+
+
+class Refusal(click.ClickException):
+    """One sentence on stderr, exit code 1."""
+
+    def show(self, file: Any = None) -> None:
+        """Print the sentence."""
+        click.echo(f"trefoil: {self.format_message()}", file=file, err=True)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(version("trefoil"), prog_name="trefoil")
+def main() -> None:
+    """Three small models behind one gRPC service."""
+
+
+def settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command one option for each field of Config."""
+    for field in reversed(dataclasses.fields(Config)):
+        kind = next((part for part in get_args(field.type) if part is not type(None)), field.type)
+        flag, variable = f"--{field.name.replace('_', '-')}", f"TREFOIL_{field.name.upper()}"
+        add = click.option(
+            flag, type=kind, default=field.default, envvar=variable, show_default=True, show_envvar=True, help=field.metadata["help"]
+        )
+        command = add(command)
+    return command
+
+
+@main.command()
+@settings
+def serve(**options: Any) -> None:
+    """Serve the trained models until SIGTERM or Ctrl-C.
+
+    \b
+    trefoil serve
+    trefoil serve --engine torch --port 0
+    """  # noqa: D301  \b is click's mark for text that keeps its lines
+    from service import server  # noqa: PLC0415  the other commands do without the server's packages
+
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+
+    def ready(running: server.Server) -> None:
+        names = ", ".join(running.repository.names())
+        click.echo(f"trefoil {version('trefoil')} serves {names} at {running.config.host}:{running.port}")
+        click.echo(f"try: trefoil fizzbuzz 1 30 --server {running.config.host}:{running.port}")
+        sys.stdout.flush()
+
+    try:
+        asyncio.run(server.serve(Config(**options), ready))
+    except StartupError as error:
+        raise Refusal(str(error)) from None
+
+
+def calls(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of a client, hand it a Client, and turn a failed call into a sentence."""
+
+    @click.option("--server", default="127.0.0.1:8001", envvar="TREFOIL_SERVER", show_default=True, show_envvar=True, help="host:port")
+    @click.option("--token", envvar="TREFOIL_TOKEN", show_envvar=True, help="Bearer token, when the service wants one.")
+    def calling(server: str, token: str | None, **options: Any) -> None:
+        try:
+            with Client(server, token=token) as client:
+                command(client=client, **options)
+        except grpc.RpcError as error:
+            hint = "; start one with `trefoil serve`" if "failed to connect" in error.details() else ""
+            raise Refusal(f"the service at {server} says {error.code().name}: {error.details()}{hint}") from None
+
+    calling.__doc__ = command.__doc__
+    calling.__name__ = command.__name__
+    calling.__click_params__ = [*getattr(command, "__click_params__", []), *calling.__click_params__]  # type: ignore[attr-defined]
+    return calling
+
+
+@main.command(context_settings={"ignore_unknown_options": True})
+@calls
+@click.argument("model")
+@click.argument("values", nargs=-1, required=True)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, one line an answer.")
+def predict(client: Client, model: str, values: tuple[str, ...], *, as_json: bool) -> None:
+    """Ask the service for predictions.
+
+    \b
+    trefoil predict mnist seven.png four.jpg
+    trefoil predict diabetes glucose=148 bmi=33.6 age=50
+    trefoil predict diabetes 6 148 72 35 - 33.6 0.627 50
+    trefoil predict fizzbuzz 15 16
+    trefoil predict OTHER '[[0.5, 1.0]]'
+    """  # noqa: D301
+    for answer, text in ASK.get(model, ask_any)(client, model, values):
+        click.echo(json.dumps(answer) if as_json else text)
+
+
+Answers = list[tuple[dict[str, Any], str]]  # for a program, for a person
+
+
+def ask_mnist(client: Client, _model: str, values: tuple[str, ...]) -> Answers:
+    """Files of digits."""
+    try:
+        images = [Path(value).read_bytes() for value in values]
+    except OSError as error:
+        raise Refusal(f"{error.filename} cannot be read: {error.strerror}; name PNG or JPEG files") from None
+    return [
+        ({"file": value, **digit._asdict()}, f"{value}: {digit.digit} ({max(digit.probabilities):.1%})")
+        for value, digit in zip(values, client.classify(images), strict=True)
+    ]
+
+
+def ask_diabetes(client: Client, _model: str, values: tuple[str, ...]) -> Answers:
+    """One patient: name=value pairs, or all values in order, `-` for not measured."""
+    if any("=" in value for value in values):
+        pairs = [(measurement(name), value) for name, _, value in (value.partition("=") for value in values)]
+    elif len(values) == len(MEASUREMENTS):
+        pairs = list(zip(MEASUREMENTS, values, strict=True))
+    else:
+        raise Refusal(f"{len(values)} values; give {len(MEASUREMENTS)} in the order {' '.join(MEASUREMENTS)}, or NAME=VALUE")
+    patient = {name: number(value, float) for name, value in pairs if value not in ("-", "")}
+    [assessment] = client.assess([patient])
+    return [(assessment._asdict(), f"{assessment.label}: {assessment.probability:.1%} probability of a positive test; no diagnosis")]
+
+
+def measurement(name: str) -> str:
+    """The measurement that a name, perhaps shortened, stands for."""
+    matches = [known for known in MEASUREMENTS if known.startswith(name)]
+    if len(matches) != 1:
+        raise Refusal(f"{name!r} names no measurement; there are {', '.join(MEASUREMENTS)}, which may be shortened")
+    return matches[0]
+
+
+def ask_fizzbuzz(client: Client, _model: str, values: tuple[str, ...]) -> Answers:
+    """Numbers."""
+    numbers = [number(value, int) for value in values]
+    answers = client.answer(numbers)
+    return [({"number": n, "word": word}, word) for n, word in zip(numbers, answers, strict=True)]
+
+
+def ask_any(client: Client, model: str, values: tuple[str, ...]) -> Answers:
+    """A batch of rows as JSON, over the Open Inference Protocol."""
+    try:
+        rows = client.infer(model, json.loads(" ".join(values)))
+    except ValueError as error:
+        raise Refusal(f"the values are no batch of rows for {model!r}: {error}; write JSON such as '[[0.5, 1.0]]'") from None
+    return [({"output": row.tolist()}, " ".join(f"{value:.4g}" for value in row.ravel())) for row in rows]
+
+
+ASK = {"mnist": ask_mnist, "diabetes": ask_diabetes, "fizzbuzz": ask_fizzbuzz}
+
+
+def number(text: str, kind: Callable[[str], Any]) -> Any:
+    """Read an int or a float."""
+    try:
+        return kind(text)
+    except ValueError:
+        raise Refusal(f"{text!r} is no {'whole ' if kind is int else ''}number") from None
+
+
+@main.command(context_settings={"ignore_unknown_options": True})  # a step may be negative
+@calls
+@click.argument("start", type=int)
+@click.argument("stop", type=int)
+@click.argument("step", type=int, default=1)
+def fizzbuzz(client: Client, start: int, stop: int, step: int) -> None:
+    """Count from START to STOP, as the service says it.
+
+    \b
+    trefoil fizzbuzz 1 30
+    trefoil fizzbuzz 15 1 -2
+    """  # noqa: D301
+    for _, word in client.count(start, stop, step):
+        click.echo(word)
+
+
+@main.command()
+@click.option("--models", "folder", type=Path, default=Path("models"), envvar="TREFOIL_MODELS", show_default=True)
+def models(folder: Path) -> None:
+    """List the trained models of a folder: figures, data, commit."""
+    from service.card import read_card  # noqa: PLC0415
+    from service.repository import find, is_trained  # noqa: PLC0415
+
+    try:
+        for name in find(folder):
+            if not is_trained(folder / name):
+                click.echo(f"{name:12} not trained: run `dvc repro`")
+                continue
+            card = read_card(folder / name)
+            figures = "  ".join(f"{key} {value:.4g}" for key, value in card.metrics.items())
+            click.echo(f"{name:12} {figures}  data {card.data['source']} {card.data['sha256'][:8]}  commit {card.git_commit[:8]}")
+    except StartupError as error:
+        raise Refusal(str(error)) from None

@@ -1,0 +1,80 @@
+"""A synchronous client of the service, as the command line uses it."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import grpc
+import numpy as np
+
+from proto import diabetes_pb2_grpc, digits_pb2_grpc, fizzbuzz_pb2_grpc, inference_pb2_grpc
+from proto.diabetes_pb2 import AssessRequest, Patient
+from proto.digits_pb2 import ClassifyRequest, Image
+from proto.fizzbuzz_pb2 import AnswerRequest, CountRequest
+from proto.inference_pb2 import ModelInferRequest, ModelMetadataRequest
+
+DTYPES = {"UINT8": "u1", "INT64": "<i8", "FP32": "<f4"}
+MEASUREMENTS = tuple(Patient.DESCRIPTOR.fields_by_name)
+
+
+class Digit(NamedTuple):
+    """A digit that was read, and the probabilities of all ten."""
+
+    digit: int
+    probabilities: list[float]
+
+
+class Assessment(NamedTuple):
+    """The probability of a positive diabetes test, and the label that follows from it."""
+
+    probability: float
+    label: str
+
+
+class Client:
+    """Calls a service at `address`, host:port. Use it as a context manager. Every method raises grpc.RpcError."""
+
+    def __init__(self, address: str, *, token: str | None = None, timeout: float = 30.0) -> None:
+        """`token` is sent with each call when the service wants one; `timeout` is each call's deadline in seconds."""
+        self._channel = grpc.insecure_channel(address, options=[("grpc.max_receive_message_length", -1)])
+        self._call: dict[str, Any] = {"timeout": timeout, "metadata": [("authorization", f"Bearer {token}")] if token else None}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._channel.close()
+
+    def classify(self, images: Sequence[bytes | np.ndarray]) -> list[Digit]:
+        """Read digits: PNG or JPEG files given as their bytes, or arrays, (28, 28) uint8, 0 = paper, 255 = ink."""
+        pictures = [Image(encoded=image) if isinstance(image, bytes) else Image(pixels=image.tobytes()) for image in images]
+        request = ClassifyRequest(images=pictures)
+        response = digits_pb2_grpc.DigitsStub(self._channel).Classify(request, **self._call)
+        return [Digit(digit.digit, list(digit.probabilities)) for digit in response.digits]
+
+    def assess(self, patients: Sequence[Mapping[str, float]]) -> list[Assessment]:
+        """Assess patients; each maps names of MEASUREMENTS to values, and leaves out what was not measured."""
+        request = AssessRequest(patients=[Patient(**patient) for patient in patients])
+        response = diabetes_pb2_grpc.DiabetesStub(self._channel).Assess(request, **self._call)
+        return [Assessment(assessment.probability, assessment.label) for assessment in response.assessments]
+
+    def answer(self, numbers: Sequence[int]) -> list[str]:
+        """What to say for each number."""
+        return list(fizzbuzz_pb2_grpc.FizzBuzzStub(self._channel).Answer(AnswerRequest(numbers=numbers), **self._call).words)
+
+    def count(self, start: int, stop: int, step: int = 1) -> Iterator[tuple[int, str]]:
+        """Count from start to stop, both included: pairs of number and word, as the service sends them."""
+        request = CountRequest(start=start, stop=stop, step=step)
+        for response in fizzbuzz_pb2_grpc.FizzBuzzStub(self._channel).Count(request, **self._call):
+            yield response.number, response.word
+
+    def infer(self, model: str, rows: Any) -> np.ndarray:
+        """Ask any model over the Open Inference Protocol: (batch, *input shape) -> (batch, *output shape)."""
+        stub = inference_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        tensor = stub.ModelMetadata(ModelMetadataRequest(name=model), **self._call).inputs[0]
+        array = np.asarray(rows, dtype=DTYPES[tensor.datatype])
+        request = ModelInferRequest(model_name=model, raw_input_contents=[array.tobytes()])
+        request.inputs.add(name=tensor.name, datatype=tensor.datatype, shape=array.shape)
+        response = stub.ModelInfer(request, **self._call)
+        output = response.outputs[0]
+        return np.frombuffer(response.raw_output_contents[0], DTYPES[output.datatype]).reshape(tuple(output.shape))

@@ -1,0 +1,136 @@
+"""Engines: one array in, one array out. They know nothing of requests, queues or gRPC."""
+
+import ctypes
+import io
+import logging
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from service.card import Card, Rows, verify
+from service.config import Config
+from service.errors import StartupError
+
+log = logging.getLogger(__name__)
+
+TOLERANCE = 1e-4  # how far an answer may be from the card's; devices and versions differ in the last digits
+
+
+class Engine(Protocol):
+    """Runs one model."""
+
+    platform: str  # as the Open Inference Protocol names it
+    device: str  # cpu or cuda
+
+    def run(self, rows: Rows) -> Rows:
+        """(batch, *input shape) -> (batch, *output shape), both as the model's card describes them."""
+
+
+class OnnxEngine:
+    """Runs model.onnx with onnxruntime; on CUDA when that really loads."""
+
+    platform = "onnxruntime_onnx"
+
+    def __init__(self, folder: Path, card: Card, config: Config) -> None:
+        """Raise StartupError when the file cannot be loaded, or CUDA is demanded and does not load."""
+        try:
+            import onnxruntime as ort  # noqa: PLC0415  the torch engine does without
+        except ImportError as error:
+            raise StartupError(f"the onnxruntime engine needs onnxruntime: pip install 'trefoil[serve]' ({error})") from error
+        content = verify(folder, card, "model.onnx")
+        cuda, reason = _cuda_for_onnxruntime(config.device)
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = config.threads
+        options.inter_op_num_threads = 1
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.log_severity_level = 3
+        providers = ["CUDAExecutionProvider"] * cuda + ["CPUExecutionProvider"]
+        try:
+            self._session = ort.InferenceSession(content, options, providers=providers)
+        except Exception as error:  # its exceptions share no base of their own
+            raise StartupError(f"{folder / 'model.onnx'} cannot be loaded by onnxruntime: {error}") from error
+        self.device = "cuda" if self._session.get_providers()[0] == "CUDAExecutionProvider" else "cpu"
+        if cuda and self.device == "cpu":
+            reason = "its CUDA provider did not load; pip install 'trefoil[cuda]' brings what it needs"
+        if config.device == "cuda" and self.device == "cpu":
+            raise StartupError(f"device cuda is demanded, but onnxruntime cannot use it: {reason}")
+        log.info("%s: onnxruntime %s on %s (%s)", card.name, ort.__version__, self.device, reason)
+        self._names = [card.output.name], card.input.name
+
+    def run(self, rows: Rows) -> Rows:
+        """(batch, *input shape) -> (batch, *output shape)."""
+        outputs, name = self._names
+        result: Rows = self._session.run(outputs, {name: rows})[0]
+        return result
+
+
+def _cuda_for_onnxruntime(wish: str) -> tuple[bool, str]:
+    """Whether to try CUDA, and why."""
+    import onnxruntime as ort  # noqa: PLC0415
+
+    if wish == "cpu":
+        return False, "as demanded"
+    if "CUDAExecutionProvider" not in ort.get_available_providers():
+        return False, "this onnxruntime is built without CUDA; pip install onnxruntime-gpu"
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False, "there is no NVIDIA driver: libcuda.so.1 is not found"
+    ort.preload_dlls()  # from the nvidia-* packages, when they are installed
+    return True, "an NVIDIA driver is there"
+
+
+class TorchEngine:
+    """Runs model.pt with the model's own network.py."""
+
+    platform = "pytorch_libtorch"
+
+    def __init__(self, folder: Path, card: Card, config: Config) -> None:
+        """Raise StartupError when torch or the network is missing, the weights do not fit, or CUDA is demanded and not there."""
+        try:
+            import torch  # noqa: PLC0415  a service with onnxruntime does without
+        except ImportError as error:
+            raise StartupError(f"the torch engine needs torch: pip install 'trefoil[torch]' ({error})") from error
+        import models  # noqa: PLC0415
+
+        if config.device == "cuda" and not torch.cuda.is_available():
+            raise StartupError("device cuda is demanded, but torch sees no GPU")
+        self._torch = torch
+        self.device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
+        torch.set_num_threads(config.threads)
+        content = verify(folder, card, "model.pt")
+        try:
+            network = models.load(card.name, "network").Network(**card.params["train"].get("network", {}))
+            network.load_state_dict(torch.load(io.BytesIO(content), weights_only=True))
+        except (models.UnknownModelError, KeyError, TypeError, RuntimeError, ValueError) as error:
+            raise StartupError(f"{folder / 'model.pt'} does not fit models/{card.name}/network.py: {error}") from error
+        self._network = network.eval().to(self.device)
+        reason = "as demanded" if config.device != "auto" else "torch sees a GPU" if self.device == "cuda" else "torch sees no GPU"
+        log.info("%s: torch %s on %s (%s)", card.name, torch.__version__, self.device, reason)
+
+    def run(self, rows: Rows) -> Rows:
+        """(batch, *input shape) -> (batch, *output shape)."""
+        with self._torch.inference_mode():
+            result: Rows = self._network(self._torch.tensor(rows, device=self.device)).cpu().numpy()
+        return result
+
+
+ENGINES: dict[str, type[OnnxEngine | TorchEngine]] = {"onnxruntime": OnnxEngine, "torch": TorchEngine}
+
+
+def load_engine(folder: Path, card: Card, config: Config) -> Engine:
+    """Load a trained model, warm it up on the card's examples, and make sure that it gives the card's answers.
+
+    Raises StartupError when it cannot be loaded or answers otherwise.
+    """
+    engine = ENGINES[config.engine](folder, card, config)
+    try:
+        for rows in (card.example_rows()[:1], card.example_rows()):
+            answers = engine.run(rows)
+    except Exception as error:
+        raise StartupError(f"{folder}: the model does not run on the examples of its card: {error}") from error
+    expected = np.array([example.probabilities for example in card.examples])
+    if answers.shape != expected.shape or not np.allclose(answers, expected, rtol=0, atol=TOLERANCE):
+        raise StartupError(f"{folder}: the model does not give the answers of its card; run `dvc repro` to write both anew")
+    return engine

@@ -1,0 +1,161 @@
+"""Everything that can go wrong, along the way that a request takes, and the one place where it becomes a gRPC status.
+
+    request bytes --decode--> rows --check--> batcher --queue--> engine --run--> rows --encode--> response bytes
+                     |                 |                  |                |
+             InvalidInputError  InvalidInputError   QueueFullError   InternalError
+             ModelNotFoundError                     QueueTimeoutError
+             ModelUnavailableError                  ShuttingDownError
+             UnauthenticatedError
+
+A client always gets what is wrong, where, and what would be right. What is not listed here is a bug: the log has it with an id, the
+client gets the id and nothing else.
+"""
+
+import functools
+import logging
+import math
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, ClassVar, NoReturn
+
+import grpc
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+from google.rpc.error_details_pb2 import BadRequest, RetryInfo
+from google.rpc.status_pb2 import Status
+
+log = logging.getLogger(__name__)
+
+
+class StartupError(Exception):
+    """The service cannot start as it was told to; the message is for the person who started it."""
+
+
+class ServiceError(Exception):
+    """An error that a client is told about; `code` is its gRPC status."""
+
+    code: ClassVar[grpc.StatusCode]
+
+    def details(self) -> list[Message]:
+        """Messages of google.rpc that say the same to a program."""
+        return []
+
+
+class InvalidInputError(ServiceError):
+    """The request is not what the contract accepts. `field` is the path of the part that is wrong."""
+
+    code = grpc.StatusCode.INVALID_ARGUMENT
+
+    def __init__(self, field: str, description: str) -> None:
+        super().__init__(f"{field}: {description}")
+        self.field, self.description = field, description
+
+    def details(self) -> list[Message]:
+        """The offending field, as a BadRequest."""
+        return [BadRequest(field_violations=[BadRequest.FieldViolation(field=self.field, description=self.description)])]
+
+
+class ModelNotFoundError(ServiceError):
+    """There is no such model, or not in that version."""
+
+    code = grpc.StatusCode.NOT_FOUND
+
+
+class ModelUnavailableError(ServiceError):
+    """The model is known, but not trained or not loaded."""
+
+    code = grpc.StatusCode.UNAVAILABLE
+
+
+class QueueFullError(ServiceError):
+    """So many rows wait already that these would not be answered in time."""
+
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+
+    def __init__(self, waiting: int, limit: int, retry_after: float) -> None:
+        super().__init__(f"{waiting} rows wait already and the queue holds {limit}: try again in {retry_after:g} s")
+        self.retry_after = retry_after
+
+    def details(self) -> list[Message]:
+        """When to try again, as a RetryInfo."""
+        seconds = math.floor(self.retry_after)
+        return [RetryInfo(retry_delay=Duration(seconds=seconds, nanos=int((self.retry_after - seconds) * 1e9)))]
+
+
+class QueueTimeoutError(ServiceError):
+    """The request waited for as long as the queue allows, and was never started."""
+
+    code = grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+class UnauthenticatedError(ServiceError):
+    """The credentials are missing or wrong."""
+
+    code = grpc.StatusCode.UNAUTHENTICATED
+
+
+class ShuttingDownError(ServiceError):
+    """The service takes no more work."""
+
+    code = grpc.StatusCode.UNAVAILABLE
+
+
+class InternalError(ServiceError):
+    """A bug, or an engine that failed. The text is fixed; the id leads to the line in the log that has the cause."""
+
+    code = grpc.StatusCode.INTERNAL
+
+    def __init__(self, cause: BaseException) -> None:
+        self.id = secrets.token_hex(6)
+        super().__init__(f"internal error {self.id}; the service's log has the cause under this id")
+        log.error("internal error %s", self.id, exc_info=cause)
+
+
+def status(error: ServiceError) -> Status:
+    """The error as google.rpc.Status: code, message, typed details."""
+    packed = []
+    for detail in error.details():
+        packed.append(AnyMessage())
+        packed[-1].Pack(detail)
+    return Status(code=error.code.value[0], message=str(error), details=packed)
+
+
+async def abort(context: Any, error: Exception) -> NoReturn:
+    """End a call with the status of `error`."""
+    if not isinstance(error, ServiceError):
+        error = InternalError(error)
+    metadata = (("grpc-status-details-bin", status(error).SerializeToString()),) if error.details() else ()
+    await context.abort(error.code, str(error), trailing_metadata=metadata)
+    raise AssertionError("abort returned")  # context.abort raises
+
+
+Method = Callable[[Any, Any, Any], Awaitable[Any]]
+StreamMethod = Callable[[Any, Any, Any], AsyncIterator[Any]]
+
+
+def answers(method: Method) -> Method:
+    """Make a unary method of a servicer end with the right status when it raises."""
+
+    @functools.wraps(method)
+    async def guarded(servicer: Any, request: Any, context: Any) -> Any:
+        try:
+            return await method(servicer, request, context)
+        except Exception as error:  # noqa: BLE001  whatever it is: this is where it becomes a status
+            await abort(context, error)
+
+    return guarded
+
+
+def streams(method: StreamMethod) -> StreamMethod:
+    """Make a streaming method of a servicer end with the right status when it raises."""
+
+    @functools.wraps(method)
+    async def guarded(servicer: Any, request: Any, context: Any) -> AsyncIterator[Any]:
+        try:
+            async for response in method(servicer, request, context):
+                yield response
+        except Exception as error:  # noqa: BLE001  whatever it is: this is where it becomes a status
+            await abort(context, error)
+
+    return guarded

@@ -1,0 +1,58 @@
+"""Pictures of digits, as people have them, to pixels as MNIST has them."""
+
+import io
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from service.card import Rows
+from service.errors import InvalidInputError
+
+SIDE = 28  # pixels of MNIST's field
+BOX = 20  # pixels of the box in it that the ink fills
+MAX_PIXELS = 4096 * 4096  # of a picture, before it is decoded
+PAPER = 32  # up to this much ink (of 255) is paper with noise
+
+
+def decode_image(content: bytes, where: str) -> Rows:
+    """A PNG or JPEG file -> (28, 28) uint8, 0 = paper, 255 = ink.
+
+    The darker or lighter side is taken for ink by the border of the picture. A picture of 28 x 28 is kept as it is; any other is
+    cropped to its ink, scaled into a box of 20 x 20 and centred by its centre of mass, as MNIST's digits were (LeCun et al. 1998).
+    Raises InvalidInputError with the field `where` when it is no such picture, too large, or blank.
+    """
+    try:
+        with Image.open(io.BytesIO(content), formats=("PNG", "JPEG")) as picture:
+            if picture.width * picture.height > MAX_PIXELS:
+                raise InvalidInputError(where, f"{picture.width} x {picture.height} pixels are too many; {MAX_PIXELS} are read")
+            if picture.has_transparency_data:
+                rgba = picture.convert("RGBA")
+                grey = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("L")
+            else:
+                grey = ImageOps.exif_transpose(picture).convert("L")
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
+        raise InvalidInputError(where, f"{len(content)} bytes that are no readable PNG or JPEG") from error
+    ink = np.asarray(grey)
+    border = np.concatenate([ink[0], ink[-1], ink[:, 0], ink[:, -1]])
+    if np.median(border) > 127:  # noqa: PLR2004  light paper
+        ink = 255 - ink
+    if int(ink.max()) - int(ink.min()) <= PAPER:
+        raise InvalidInputError(where, "the picture is blank; a digit has dark ink on light paper, or light on dark")
+    return ink if ink.shape == (SIDE, SIDE) else centre(ink)
+
+
+def centre(ink: Rows) -> Rows:
+    """(height, width) uint8 ink -> (28, 28): cropped, scaled to 20 x 20 with its proportions, centre of mass in the middle."""
+    rows, columns = (np.flatnonzero((ink > PAPER).any(axis=axis)) for axis in (1, 0))
+    crop = Image.fromarray(ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1])
+    scale = BOX / max(crop.size)
+    size = (max(1, round(crop.width * scale)), max(1, round(crop.height * scale)))
+    digit = np.asarray(crop.resize(size, Image.Resampling.LANCZOS), dtype=np.float64)  # (height, width)
+    mass = digit.sum()
+    top, left = (
+        round(np.clip(SIDE / 2 - (digit.sum(axis=1 - axis) @ (np.arange(length) + 0.5)) / mass, 0, SIDE - length))
+        for axis, length in enumerate(digit.shape)
+    )
+    field = np.zeros((SIDE, SIDE), dtype=np.uint8)
+    field[top : top + digit.shape[0], left : left + digit.shape[1]] = digit
+    return field

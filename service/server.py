@@ -1,0 +1,126 @@
+"""The server: all faces on one port, health and reflection, and a clean end."""
+
+import asyncio
+import hmac
+import logging
+import signal
+import socket
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection, reflection_pb2
+
+from proto import POOL, diabetes_pb2_grpc, digits_pb2_grpc, fizzbuzz_pb2_grpc, inference_pb2_grpc
+from service.config import Config
+from service.errors import StartupError, UnauthenticatedError, abort
+from service.repository import Repository
+from service.servicers.diabetes import DiabetesServicer
+from service.servicers.digits import DigitsServicer
+from service.servicers.fizzbuzz import FizzBuzzServicer
+from service.servicers.inference import InferenceServicer
+
+log = logging.getLogger(__name__)
+
+SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+SERVICES = (
+    "inference.GRPCInferenceService",
+    "trefoil.v1.Diabetes",
+    "trefoil.v1.Digits",
+    "trefoil.v1.FizzBuzz",
+    health.SERVICE_NAME,
+    reflection.SERVICE_NAME,
+)
+
+
+class BearerToken(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+    """Refuses calls that do not carry the token of a file; health checks need none."""
+
+    def __init__(self, path: Path) -> None:
+        """Raise StartupError when the file cannot be read or is empty."""
+        try:
+            token = path.read_text().strip()
+        except OSError as error:
+            raise StartupError(f"token_file: {path} cannot be read: {error.strerror}") from error
+        if not token:
+            raise StartupError(f"token_file: {path} is empty; it holds the token that callers must send")
+        self._expected = f"Bearer {token}".encode()
+
+    async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], call: Any) -> Any:
+        """Let a call through, or end it as UNAUTHENTICATED."""
+        sent = dict(call.invocation_metadata).get("authorization", "")
+        if call.method.startswith(f"/{health.SERVICE_NAME}/") or hmac.compare_digest(str(sent).encode(), self._expected):
+            return await continuation(call)
+
+        async def refuse(_request: Any, context: Any) -> None:
+            await abort(context, UnauthenticatedError("send the metadata 'authorization: Bearer TOKEN' with the service's token"))
+
+        return grpc.unary_unary_rpc_method_handler(refuse)
+
+
+class Server:
+    """A gRPC server bound to a port."""
+
+    def __init__(self, config: Config) -> None:
+        """Load the models, build all faces and bind the port; call it in a running event loop.
+
+        Raises StartupError when a model cannot be loaded or the port is taken.
+        """
+        self.config = config
+        interceptors = (BearerToken(config.token_file),) if config.token_file else ()
+        self.repository = Repository(config)
+        options = {"grpc.so_reuseport": 0, "grpc.max_receive_message_length": config.max_message_bytes}
+        self._server = grpc.aio.server(interceptors=interceptors, options=list(options.items()))
+        self._health = health.aio.HealthServicer()
+        inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(InferenceServicer(self.repository), self._server)
+        digits_pb2_grpc.add_DigitsServicer_to_server(DigitsServicer(self.repository), self._server)
+        diabetes_pb2_grpc.add_DiabetesServicer_to_server(DiabetesServicer(self.repository), self._server)
+        fizzbuzz_pb2_grpc.add_FizzBuzzServicer_to_server(FizzBuzzServicer(self.repository), self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        for module in (health_pb2, reflection_pb2):
+            POOL.AddSerializedFile(module.DESCRIPTOR.serialized_pb)
+        reflection.enable_server_reflection(SERVICES, self._server, pool=POOL)
+        self.port = bind(self._server, config.host, config.port)
+
+    async def start(self) -> None:
+        """Accept calls; health says which models are served."""
+        await self._server.start()
+        for name in ("", *self.repository.known):
+            await self._health.set(name, SERVING if name in ("", *self.repository.names()) else NOT_SERVING)
+
+    async def stop(self) -> None:
+        """Say NOT_SERVING, refuse new calls, let those in flight finish within the grace, then end."""
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(self.config.grace)
+        await self.repository.close()
+
+
+def bind(server: Any, host: str, port: int) -> int:
+    """Bind a port, 0 for a free one; return it. Raises StartupError when that is not possible."""
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    try:
+        return int(server.add_insecure_port(address))
+    except RuntimeError as error:
+        family, kind, protocol, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        reason = "is not an address of this machine, or is taken"
+        with socket.socket(family, kind, protocol) as probe:
+            try:
+                probe.bind(target)
+            except OSError as problem:
+                reason = str(problem.strerror).lower()
+        raise StartupError(f"cannot listen on {address}: {reason}; choose another with --port, or 0 for a free one") from error
+
+
+async def serve(config: Config, ready: Callable[[Server], None]) -> None:
+    """Serve until SIGTERM or SIGINT, then drain. `ready` is called once calls are accepted."""
+    server = Server(config)
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    await server.start()
+    ready(server)
+    await stop.wait()
+    log.info("shutting down: requests in flight have %g s to finish", config.grace)
+    await server.stop()

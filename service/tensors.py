@@ -1,0 +1,82 @@
+"""Tensors of the Open Inference Protocol: from a request to an array, and from an array to a response."""
+
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from proto.inference_pb2 import InferTensorContents, ModelInferRequest, ModelInferResponse
+from service.card import Card, Rows, Tensor
+from service.errors import InvalidInputError
+
+CONTENTS = {"UINT8": "uint_contents", "INT64": "int64_contents", "FP32": "fp32_contents"}  # datatype -> typed field
+WHERE = "inputs[0][{row}].{feature}"
+
+
+def decode(request: ModelInferRequest, card: Card) -> Rows:
+    """The input tensor of a request, (batch, *shape), in the dtype of the card. Raises InvalidInputError."""
+    expected = card.input
+    if [tensor.name for tensor in request.inputs] != [expected.name]:
+        raise InvalidInputError("inputs", f"{card.name} takes one tensor {expected.name!r}, got {[t.name for t in request.inputs]}")
+    tensor = request.inputs[0]
+    shape = tuple(tensor.shape)
+    if tensor.datatype != expected.datatype:
+        raise InvalidInputError("inputs[0].datatype", f"{expected.name!r} is {expected.datatype}, got {tensor.datatype!r}")
+    if len(shape) != 1 + len(expected.shape) or shape[1:] != expected.shape or shape[0] < 0:
+        raise InvalidInputError("inputs[0].shape", f"{expected.name!r} is {[-1, *expected.shape]}, got {list(shape)}")
+    for place, parameters in (("inputs[0]", tensor.parameters), *((f"outputs[{i}]", o.parameters) for i, o in enumerate(request.outputs))):
+        if "shared_memory_region" in parameters:
+            raise InvalidInputError(f"{place}.parameters", "shared memory is not offered; send the contents in the request")
+    check_outputs(request, card)
+    if request.raw_input_contents:
+        return _from_raw(request, expected).reshape(shape)
+    return _from_typed(tensor.contents, expected, prod(shape)).reshape(shape)
+
+
+def check_outputs(request: ModelInferRequest, card: Card) -> None:
+    """Raise InvalidInputError unless the requested outputs are the one that there is, once."""
+    names = [output.name for output in request.outputs]
+    for i, name in enumerate(names):
+        if name != card.output.name:
+            raise InvalidInputError(f"outputs[{i}].name", f"{card.name} has no output {name!r}; it has {card.output.name!r}")
+    if len(names) > 1:
+        raise InvalidInputError("outputs", f"{card.output.name!r} is asked for {len(names)} times; once is enough")
+
+
+def _from_raw(request: ModelInferRequest, expected: Tensor) -> Rows:
+    """The flat values of raw_input_contents."""
+    if request.inputs[0].HasField("contents"):
+        raise InvalidInputError("inputs[0].contents", "must be empty when raw_input_contents is used")
+    if len(request.raw_input_contents) != 1:
+        raise InvalidInputError("raw_input_contents", f"one entry an input: 1, got {len(request.raw_input_contents)}")
+    content = request.raw_input_contents[0]
+    wanted = prod(request.inputs[0].shape) * expected.dtype.itemsize
+    if len(content) != wanted:
+        raise InvalidInputError("raw_input_contents[0]", f"the shape needs {wanted} bytes of {expected.datatype}, got {len(content)}")
+    return np.frombuffer(content, expected.dtype)
+
+
+def _from_typed(contents: InferTensorContents, expected: Tensor, wanted: int) -> Rows:
+    """The flat values of a typed field."""
+    field = CONTENTS[expected.datatype]
+    for descriptor, _ in contents.ListFields():
+        if descriptor.name != field:
+            raise InvalidInputError(f"inputs[0].contents.{descriptor.name}", f"{expected.datatype} goes into {field}")
+    values = np.array(getattr(contents, field), dtype=np.uint32 if expected.datatype == "UINT8" else expected.dtype)
+    if len(values) != wanted:
+        raise InvalidInputError(f"inputs[0].contents.{field}", f"the shape needs {wanted} values, got {len(values)}")
+    if expected.datatype == "UINT8" and values.size and values.max() > np.iinfo(np.uint8).max:
+        raise InvalidInputError(f"inputs[0].contents.{field}", f"{values.max()} is no UINT8; use 0 to 255")
+    return values.astype(expected.dtype, copy=False)
+
+
+def encode(rows: Rows, request: ModelInferRequest, card: Card) -> ModelInferResponse:
+    """The response with the output tensor, (batch, *shape). Raw contents in, raw contents out; typed in, typed out."""
+    output: dict[str, Any] = {"name": card.output.name, "datatype": card.output.datatype, "shape": rows.shape}
+    response = ModelInferResponse(model_name=card.name, model_version=card.version, id=request.id)
+    if request.raw_input_contents:
+        response.raw_output_contents.append(rows.tobytes())
+    else:
+        output["contents"] = {CONTENTS[card.output.datatype]: rows.ravel()}
+    response.outputs.add(**output)
+    return response
