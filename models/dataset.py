@@ -1,7 +1,6 @@
 """What a data set is, and how its raw files are fetched: whole, verified, or not at all."""
 
 import hashlib
-import os
 import urllib.request
 import zlib
 from collections.abc import Sequence
@@ -43,7 +42,7 @@ def download(url: str, sha256: str) -> bytes:
     Raises DataError when it cannot be read, is no gzip file, or its uncompressed bytes do not have that SHA-256.
     """
     try:
-        with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
+        with urllib.request.urlopen(url, timeout=TIMEOUT) as response:  # noqa: S310  a mirror may be a folder
             packed = response.read()
     except OSError as error:
         raise DataError(f"{url} cannot be read: {error}") from error
@@ -52,7 +51,9 @@ def download(url: str, sha256: str) -> bytes:
         content = decompressor.decompress(packed)
     except zlib.error as error:
         found = hashlib.sha256(packed).hexdigest()
-        raise DataError(f"{url} is damaged ({error}): expected SHA-256 {sha256}, found {found} of a file that is no gzip") from error
+        raise DataError(
+            f"{url} is damaged ({error}): expected SHA-256 {sha256}, found {found} of a file that is no gzip"
+        ) from error
     return verify(content, sha256, url)
 
 
@@ -74,6 +75,6 @@ def fetch(target: Path, sha256: str, mirrors: Sequence[str]) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(target.name + ".partial")
         partial.write_bytes(content)
-        os.replace(partial, target)
+        partial.replace(target)
         return target
     raise DataError("; ".join(problems) or f"{target} is not there")

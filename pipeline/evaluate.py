@@ -59,7 +59,9 @@ def cross_validate(model: str, inputs: np.ndarray, targets: np.ndarray, folds: i
     """Mean and standard deviation over the folds of each metric on the rows left out."""
     params = load_params(model, "train", TrainParams)
     scores = []
-    for fold, (fitted, left_out) in enumerate(StratifiedKFold(folds, shuffle=True, random_state=params.seed).split(inputs, targets)):
+    for fold, (fitted, left_out) in enumerate(
+        StratifiedKFold(folds, shuffle=True, random_state=params.seed).split(inputs, targets)
+    ):
         network = fit(model, inputs[fitted], targets[fitted], replace(params, seed=params.seed + fold))
         with torch.inference_mode():
             scores.append(measure(network(torch.from_numpy(inputs[left_out])).numpy(), targets[left_out]))

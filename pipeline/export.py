@@ -1,7 +1,6 @@
 """Turn a checkpoint into the files that are served: model.onnx, model.pt and card.json."""
 
 import hashlib
-import os
 import subprocess
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -51,7 +50,9 @@ def to_onnx(network: Classifier, contract: Contract, example: torch.Tensor, opse
     graph = program.model_proto
     for value in (*graph.graph.input, *graph.graph.output):
         if not value.type.tensor_type.shape.dim[0].dim_param:
-            raise PipelineError(f"the batch axis of {value.name!r} is fixed in the ONNX graph: let no shape in forward depend on it")
+            raise PipelineError(
+                f"the batch axis of {value.name!r} is fixed in the ONNX graph: let no shape in forward depend on it"
+            )
     strip(graph)
     onnx.checker.check_model(graph, full_check=True)
     return graph
@@ -59,7 +60,14 @@ def to_onnx(network: Classifier, contract: Contract, example: torch.Tensor, opse
 
 def strip(graph: onnx.ModelProto) -> None:
     """Remove what varies between equal networks: stack traces, source positions, documentation."""
-    holders: list[Any] = [graph, graph.graph, *graph.functions, *graph.graph.node, *graph.graph.value_info, *graph.graph.initializer]
+    holders: list[Any] = [
+        graph,
+        graph.graph,
+        *graph.functions,
+        *graph.graph.node,
+        *graph.graph.value_info,
+        *graph.graph.initializer,
+    ]
     holders += [*graph.graph.input, *graph.graph.output, *(node for function in graph.functions for node in function.node)]
     for holder in holders:
         holder.ClearField("metadata_props")
@@ -83,7 +91,7 @@ def replace(path: Path, content: bytes) -> None:
     """Write a file whole: a reader sees the old bytes or the new ones."""
     partial = path.with_name(path.name + ".partial")
     partial.write_bytes(content)
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 def describe(model: str, network: Classifier) -> dict[str, Any]:

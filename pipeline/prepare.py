@@ -16,7 +16,9 @@ def check(rows: np.ndarray, contract: Input) -> None:
     low, high = ([getattr(feature, end) for feature in contract.features] for end in ("minimum", "maximum"))
     outside = (rows < np.array(low)) | (rows > np.array(high)) | (np.isnan(rows) & (not contract.missing))
     if outside.any():
-        raise PipelineError(f"{np.count_nonzero(outside)} values lie outside the contract's range, the first at {np.argwhere(outside)[0]}")
+        raise PipelineError(
+            f"{np.count_nonzero(outside)} values lie outside the contract's range, the first at {np.argwhere(outside)[0]}"
+        )
 
 
 def prepare(model: str) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from dvclive import Live
+from dvclive.live import Live
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm

@@ -17,8 +17,12 @@ def generate(out: Path) -> None:
         sys.exit("protoc failed")
     for path in (out / "proto").glob("*_pb2.py"):
         code = path.read_text()
-        code = code.replace("from google.protobuf import descriptor_pool as _descriptor_pool\n", "from proto import POOL as _pool\n")
+        code = code.replace(
+            "from google.protobuf import descriptor_pool as _descriptor_pool\n", "from proto import POOL as _pool\n"
+        )
         path.write_text(code.replace("_descriptor_pool.Default()", "_pool"))
+    for path in (*(out / "proto").glob("*_pb2_grpc.py"), *(out / "proto").glob("*_pb2.pyi")):
+        path.write_text("# mypy: ignore-errors\n" + path.read_text())
 
 
 if __name__ == "__main__":

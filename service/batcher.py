@@ -7,6 +7,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -119,7 +120,9 @@ class Batcher:
                 return
             waiting = self._queue.popleft()
             self._waiting_rows -= len(waiting.rows)
-            waiting.future.set_exception(QueueTimeoutError(f"not started within {self._queue_timeout:g} s, as long as the queue allows"))
+            waiting.future.set_exception(
+                QueueTimeoutError(f"not started within {self._queue_timeout:g} s, as long as the queue allows")
+            )
 
     async def _work(self) -> None:
         """Run batches until nothing waits."""
@@ -151,10 +154,8 @@ class Batcher:
         if self._max_delay and self._queue and self._waiting_rows < self._max_batch_rows:
             self._full.clear()
             remaining = self._queue[0].arrived + self._max_delay - asyncio.get_running_loop().time()
-            try:
+            with suppress(TimeoutError):  # it has waited long enough
                 await asyncio.wait_for(self._full.wait(), max(0.0, remaining))
-            except TimeoutError:
-                pass  # it has waited long enough
         batch: list[_Waiting] = []
         room = self._max_batch_rows
         while self._queue and len(self._queue[0].rows) <= room:

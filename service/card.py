@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from service.errors import InvalidInputError, StartupError
 
-DTYPES = {"UINT8": np.dtype("u1"), "INT64": np.dtype("<i8"), "FP32": np.dtype("<f4")}
+DTYPES: dict[str, np.dtype[Any]] = {"UINT8": np.dtype("u1"), "INT64": np.dtype("<i8"), "FP32": np.dtype("<f4")}
 
 Rows = NDArray[Any]
 Datatype = Literal["UINT8", "INT64", "FP32"]
@@ -72,7 +72,8 @@ class Input(Tensor, frozen=True, kw_only=True):
             accepted = f"{feature.minimum:g} to {feature.maximum:g} {feature.unit}".strip()
             raise InvalidInputError(
                 where.format(row=row, feature=feature.name),
-                f"{rows[(row, *rest)]:g} is outside what {feature.name} can be: {accepted}" + ", or NaN for not measured" * self.missing,
+                f"{rows[(row, *rest)]:g} is outside what {feature.name} can be: {accepted}"
+                + ", or NaN for not measured" * self.missing,
             )
 
 

@@ -38,7 +38,13 @@ def settings(command: Callable[..., None]) -> Callable[..., None]:
         kind = next((part for part in get_args(field.type) if part is not type(None)), field.type)
         flag, variable = f"--{field.name.replace('_', '-')}", f"TREFOIL_{field.name.upper()}"
         add = click.option(
-            flag, type=kind, default=field.default, envvar=variable, show_default=True, show_envvar=True, help=field.metadata["help"]
+            flag,
+            type=kind,
+            default=field.default,
+            envvar=variable,
+            show_default=True,
+            show_envvar=True,
+            help=field.metadata["help"],
         )
         command = add(command)
     return command
@@ -72,14 +78,16 @@ def serve(**options: Any) -> None:
 def calls(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command the options of a client, hand it a Client, and turn a failed call into a sentence."""
 
-    @click.option("--server", default="127.0.0.1:8001", envvar="TREFOIL_SERVER", show_default=True, show_envvar=True, help="host:port")
+    @click.option(
+        "--server", default="127.0.0.1:8001", envvar="TREFOIL_SERVER", show_default=True, show_envvar=True, help="host:port"
+    )
     @click.option("--token", envvar="TREFOIL_TOKEN", show_envvar=True, help="Bearer token, when the service wants one.")
     def calling(server: str, token: str | None, **options: Any) -> None:
         try:
             with Client(server, token=token) as client:
                 command(client=client, **options)
         except grpc.RpcError as error:
-            hint = "; start one with `trefoil serve`" if "failed to connect" in error.details() else ""
+            hint = "; start one with `trefoil serve`" if "failed to connect" in (error.details() or "") else ""
             raise Refusal(f"the service at {server} says {error.code().name}: {error.details()}{hint}") from None
 
     calling.__doc__ = command.__doc__
@@ -132,7 +140,9 @@ def ask_diabetes(client: Client, _model: str, values: tuple[str, ...]) -> Answer
         raise Refusal(f"{len(values)} values; give {len(MEASUREMENTS)} in the order {' '.join(MEASUREMENTS)}, or NAME=VALUE")
     patient = {name: number(value, float) for name, value in pairs if value not in ("-", "")}
     [assessment] = client.assess([patient])
-    return [(assessment._asdict(), f"{assessment.label}: {assessment.probability:.1%} probability of a positive test; no diagnosis")]
+    return [
+        (assessment._asdict(), f"{assessment.label}: {assessment.probability:.1%} probability of a positive test; no diagnosis")
+    ]
 
 
 def measurement(name: str) -> str:

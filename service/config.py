@@ -46,7 +46,9 @@ class Config:
         if self.queue_timeout <= 0:
             raise StartupError(f"queue_timeout: {self.queue_timeout} is too short; use more than 0 seconds")
         if self.max_queue_rows < self.max_request_rows:
-            raise StartupError(f"max_queue_rows: {self.max_queue_rows} has no room for one request; use {self.max_request_rows} or more")
+            raise StartupError(
+                f"max_queue_rows: {self.max_queue_rows} has no room for one request; use {self.max_request_rows} or more"
+            )
         for name in ("max_delay", "grace"):
             if not getattr(self, name) >= 0:
                 raise StartupError(f"{name}: {getattr(self, name)} is no duration; use 0 or more seconds")

@@ -35,7 +35,7 @@ SERVICES = (
 )
 
 
-class BearerToken(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+class BearerToken(grpc.aio.ServerInterceptor):
     """Refuses calls that do not carry the token of a file; health checks need none."""
 
     def __init__(self, path: Path) -> None:

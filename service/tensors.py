@@ -24,7 +24,10 @@ def decode(request: ModelInferRequest, card: Card) -> Rows:
         raise InvalidInputError("inputs[0].datatype", f"{expected.name!r} is {expected.datatype}, got {tensor.datatype!r}")
     if len(shape) != 1 + len(expected.shape) or shape[1:] != expected.shape or shape[0] < 0:
         raise InvalidInputError("inputs[0].shape", f"{expected.name!r} is {[-1, *expected.shape]}, got {list(shape)}")
-    for place, parameters in (("inputs[0]", tensor.parameters), *((f"outputs[{i}]", o.parameters) for i, o in enumerate(request.outputs))):
+    for place, parameters in (
+        ("inputs[0]", tensor.parameters),
+        *((f"outputs[{i}]", o.parameters) for i, o in enumerate(request.outputs)),
+    ):
         if "shared_memory_region" in parameters:
             raise InvalidInputError(f"{place}.parameters", "shared memory is not offered; send the contents in the request")
     check_outputs(request, card)
@@ -52,7 +55,9 @@ def _from_raw(request: ModelInferRequest, expected: Tensor) -> Rows:
     content = request.raw_input_contents[0]
     wanted = prod(request.inputs[0].shape) * expected.dtype.itemsize
     if len(content) != wanted:
-        raise InvalidInputError("raw_input_contents[0]", f"the shape needs {wanted} bytes of {expected.datatype}, got {len(content)}")
+        raise InvalidInputError(
+            "raw_input_contents[0]", f"the shape needs {wanted} bytes of {expected.datatype}, got {len(content)}"
+        )
     return np.frombuffer(content, expected.dtype)
 
 

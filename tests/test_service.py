@@ -2,12 +2,10 @@
 
 from pathlib import Path
 
-import grpc
 import numpy as np
 import pytest
 
 import models
-from proto import inference_pb2_grpc
 from service.card import read_card
 from service.client import Client
 from tests.conftest import Service

@@ -13,7 +13,9 @@ CONTRACT = Contract(
         shape=(8,),
         features=(
             Feature(name="pregnancies", unit="count", minimum=0, maximum=30),
-            Feature(name="glucose_mg_per_dl", unit="mg/dL, plasma, 2 h into an oral glucose tolerance test", minimum=0, maximum=1000),
+            Feature(
+                name="glucose_mg_per_dl", unit="mg/dL, plasma, 2 h into an oral glucose tolerance test", minimum=0, maximum=1000
+            ),
             Feature(name="blood_pressure_mm_hg", unit="mm Hg, diastolic", minimum=0, maximum=300),
             Feature(name="skin_thickness_mm", unit="mm, triceps fold", minimum=0, maximum=200),
             Feature(name="insulin_mu_u_per_ml", unit="µU/mL, serum, 2 h", minimum=0, maximum=2000),

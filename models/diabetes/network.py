@@ -11,6 +11,11 @@ ZERO_IS_MISSING = (False, True, True, True, True, True, False, False)  # glucose
 class Network(Classifier):
     """Measurements -> missing ones replaced by the training median -> standardised -> 8-6-4-1 -> P(positive)."""
 
+    zero_is_missing: Tensor
+    median: Tensor
+    mean: Tensor
+    scale: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("zero_is_missing", torch.tensor(ZERO_IS_MISSING), persistent=False)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from models.dataset import Dataset
 
@@ -13,6 +14,6 @@ def load(raw: Path) -> Dataset:  # noqa: ARG001  no raw files: the rows are comp
     return Dataset(train, answer(train), test, answer(test), "full")
 
 
-def answer(numbers: np.ndarray) -> np.ndarray:
+def answer(numbers: NDArray[np.int64]) -> NDArray[np.int64]:
     """Class index of each number: 0 itself, 1 fizz (by 3), 2 buzz (by 5), 3 fizzbuzz (by 15)."""
-    return (numbers % 3 == 0).astype(np.int64) + 2 * (numbers % 5 == 0)
+    return np.where(numbers % 3 == 0, 1, 0) + np.where(numbers % 5 == 0, 2, 0)

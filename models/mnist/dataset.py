@@ -61,8 +61,7 @@ def sample() -> Dataset:
     contents = (
         verify(gzip.decompress((SAMPLES / "mnist" / f"{name}.gz").read_bytes()), sha256, name) for name, sha256 in SAMPLE.items()
     )
-    images, labels = (idx(content) for content in contents)
-    labels = labels.astype(np.int64)
+    images, labels = (idx(content).astype(dtype) for content, dtype in zip(contents, (np.uint8, np.int64), strict=True))
     cut = len(images) - SAMPLE_TEST_ROWS
     return Dataset(images[:cut], labels[:cut], images[cut:], labels[cut:], "sample")
 

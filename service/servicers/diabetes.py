@@ -30,7 +30,7 @@ class DiabetesServicer(diabetes_pb2_grpc.DiabetesServicer):
 def decode(patient: Patient, card: Card) -> list[float]:
     """One patient's measurements in the order of the card; NaN where there is none."""
     names = [feature.name for feature in card.input.features]
-    return [getattr(patient, name) if patient.HasField(name) else np.nan for name in names]  # type: ignore[arg-type]
+    return [getattr(patient, name) if patient.HasField(name) else np.nan for name in names]
 
 
 def encode(probabilities: Rows, card: Card) -> AssessResponse:

@@ -60,7 +60,11 @@ class InferenceServicer(inference_pb2_grpc.GRPCInferenceServiceServicer):
         model = self._repository.get(request.name, request.version)
         card, platform = model.card, model.engine.platform
         return ModelMetadataResponse(
-            name=card.name, versions=[card.version], platform=platform, inputs=[metadata(card.input)], outputs=[metadata(card.output)]
+            name=card.name,
+            versions=[card.version],
+            platform=platform,
+            inputs=[metadata(card.input)],
+            outputs=[metadata(card.output)],
         )
 
     @answers

@@ -1,0 +1,32 @@
+# Every target makes its own .venv when it is missing.
+PYTHON ?= python3
+VENV := .venv
+INSTALLED := $(VENV)/installed
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+.PHONY: demo test lint serve proto
+
+demo: $(INSTALLED) ## train, serve, ask, print the answers, stop
+	dvc repro
+	python examples/demo.py
+
+test: $(INSTALLED)
+	pytest
+
+lint: $(INSTALLED)
+	ruff check
+	ruff format --check
+	mypy
+
+serve: $(INSTALLED)
+	dvc repro
+	trefoil serve
+
+proto: $(INSTALLED) ## generate the code of proto/*.proto anew
+	python -m proto.generate
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("trefoil needs Python 3.11 or newer; set PYTHON to one")'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[serve,train,dev]'
+	touch $@
