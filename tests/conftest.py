@@ -92,6 +92,13 @@ def service(request: pytest.FixtureRequest, workspace: Path) -> Iterator[Service
         yield running
 
 
+@pytest.fixture(scope="session")
+def default_service(workspace: Path) -> Iterator[Service]:
+    """The service on the trained models, with the default engine."""
+    with serving(workspace / "models") as running:
+        yield running
+
+
 @pytest.fixture
 def channel(service: Service) -> Iterator[grpc.Channel]:
     """A channel to the service."""
