@@ -66,7 +66,7 @@ class Batcher:
             raise QueueFullError(self._waiting_rows, self._max_queue_rows, round(retry_after, 3))
         parts = [self._put(rows[i : i + self._max_batch_rows]) for i in range(0, len(rows), self._max_batch_rows)]
         try:
-            answers = [await part.future for part in parts]
+            answers = await asyncio.gather(*(part.future for part in parts)) if len(parts) > 1 else [await parts[0].future]
         except BaseException:
             for part in parts:
                 self._drop(part)
@@ -101,6 +101,12 @@ class Batcher:
             self._timer = loop.call_at(waiting.arrived + self._queue_timeout, self._expire)
         return waiting
 
+    def _pop(self) -> _Waiting:
+        """Take the oldest off the queue."""
+        waiting = self._queue.popleft()
+        self._waiting_rows -= len(waiting.rows)
+        return waiting
+
     def _drop(self, waiting: _Waiting) -> None:
         """Nobody wants this answer any more: if the rows still wait, they never run."""
         if waiting in self._queue:
@@ -118,11 +124,10 @@ class Batcher:
             if due > loop.time():
                 self._timer = loop.call_at(due, self._expire)
                 return
-            waiting = self._queue.popleft()
-            self._waiting_rows -= len(waiting.rows)
-            waiting.future.set_exception(
-                QueueTimeoutError(f"not started within {self._queue_timeout:g} s, as long as the queue allows")
-            )
+            waiting = self._pop()
+            if not waiting.future.done():
+                reason = f"not started within {self._queue_timeout:g} s, as long as the queue allows"
+                waiting.future.set_exception(QueueTimeoutError(reason))
 
     async def _work(self) -> None:
         """Run batches until nothing waits."""
@@ -159,7 +164,8 @@ class Batcher:
         batch: list[_Waiting] = []
         room = self._max_batch_rows
         while self._queue and len(self._queue[0].rows) <= room:
-            batch.append(self._queue.popleft())
-            room -= len(batch[-1].rows)
-        self._waiting_rows -= self._max_batch_rows - room
+            waiting = self._pop()
+            if not waiting.future.done():  # it may have been cancelled a moment ago
+                batch.append(waiting)
+                room -= len(waiting.rows)
         return batch
