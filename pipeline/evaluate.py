@@ -3,30 +3,29 @@
 import csv
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime
 import torch
+from msgspec.structs import replace
 from sklearn.model_selection import StratifiedKFold
 
 import models
 from pipeline.metrics import measure, roc
-from pipeline.stage import PipelineError, folder, load_params, main, prepared
+from pipeline.stage import NotNegative, PipelineError, Section, folder, load_params, main, prepared
 from pipeline.train import Params as TrainParams
 from pipeline.train import build, fit
 
 TOLERANCE = 1e-5  # largest difference of a probability between torch and onnxruntime
 
 
-@dataclass(frozen=True, kw_only=True)
-class Params:
+class Params(Section, frozen=True, kw_only=True):
     """Section `evaluate` of params.yaml."""
 
     gates: dict[str, dict[str, float]]  # data set (full, sample) -> metric, dotted -> the least that passes
-    folds: int = 0  # of a stratified cross-validation over the training rows, at the settings of `train`; 0 does none
+    folds: NotNegative = 0  # of a stratified cross-validation over the training rows, at the settings of `train`; 0 does none
 
 
 def with_torch(model: str, inputs: np.ndarray) -> np.ndarray:

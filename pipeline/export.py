@@ -2,7 +2,7 @@
 
 import hashlib
 import subprocess
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +15,17 @@ import models
 from models.contract import Contract
 from models.network import Classifier
 from pipeline.metrics import measure
-from pipeline.stage import PipelineError, folder, load_params, main, prepared
+from pipeline.stage import PipelineError, Positive, Section, folder, load_params, main, prepared
 from pipeline.train import Params as TrainParams
 from pipeline.train import build
 
 EXAMPLES = 8  # the card shows the first test rows, and the first of each class
 
 
-@dataclass(frozen=True, kw_only=True)
-class Params:
+class Params(Section, frozen=True, kw_only=True):
     """Section `export` of params.yaml."""
 
-    opset: int
+    opset: Positive
 
 
 def to_onnx(network: Classifier, contract: Contract, example: torch.Tensor, opset: int) -> onnx.ModelProto:

@@ -4,7 +4,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import msgspec
 import yaml
@@ -14,6 +14,14 @@ from models.dataset import DataError
 
 T = TypeVar("T")
 PARAMS = Path("params.yaml")
+
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+NotNegative = Annotated[int, msgspec.Meta(ge=0)]
+Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+
+
+class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A stage's section of params.yaml; its fields are the keys that it may have."""
 
 
 class PipelineError(Exception):

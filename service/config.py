@@ -41,9 +41,9 @@ class Config:
         if not 0 <= self.port < 2**16:
             raise StartupError(f"port: {self.port} is no port; use 0 to 65535")
         for name in ("threads", "max_request_rows", "max_batch_rows", "max_queue_rows", "max_message_bytes"):
-            if getattr(self, name) < 1:
-                raise StartupError(f"{name}: {getattr(self, name)} is too small; use 1 or more")
-        if self.queue_timeout <= 0:
+            if not 1 <= getattr(self, name) < 2**31:
+                raise StartupError(f"{name}: {getattr(self, name)} cannot be; use 1 to {2**31 - 1}")
+        if not self.queue_timeout > 0:
             raise StartupError(f"queue_timeout: {self.queue_timeout} is too short; use more than 0 seconds")
         if self.max_queue_rows < self.max_request_rows:
             raise StartupError(

@@ -11,6 +11,7 @@ from service.errors import InvalidInputError
 SIDE = 28  # pixels of MNIST's field
 BOX = 20  # pixels of the box in it that the ink fills
 MAX_PIXELS = 4096 * 4096  # of a picture, before it is decoded
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit is higher, and warns where ours refuses
 PAPER = 32  # up to this much ink (of 255) is paper with noise
 
 
@@ -28,9 +29,11 @@ def decode_image(content: bytes, where: str) -> Rows:
             if picture.has_transparency_data:
                 rgba = picture.convert("RGBA")
                 grey = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("L")
+            elif picture.mode == "I;16":  # convert would clip it to 255
+                grey = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
             else:
                 grey = ImageOps.exif_transpose(picture).convert("L")
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         raise InvalidInputError(where, f"{len(content)} bytes that are no readable PNG or JPEG") from error
     ink = np.asarray(grey)
     border = np.concatenate([ink[0], ink[-1], ink[:, 0], ink[:, -1]])

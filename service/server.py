@@ -42,8 +42,8 @@ class BearerToken(grpc.aio.ServerInterceptor):
         """Raise StartupError when the file cannot be read or is empty."""
         try:
             token = path.read_text().strip()
-        except OSError as error:
-            raise StartupError(f"token_file: {path} cannot be read: {error.strerror}") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise StartupError(f"token_file: {path} cannot be read: {error}") from error
         if not token:
             raise StartupError(f"token_file: {path} is empty; it holds the token that callers must send")
         self._expected = f"Bearer {token}".encode()
@@ -103,13 +103,13 @@ def bind(server: Any, host: str, port: int) -> int:
     try:
         return int(server.add_insecure_port(address))
     except RuntimeError as error:
-        family, kind, protocol, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         reason = "is not an address of this machine, or is taken"
-        with socket.socket(family, kind, protocol) as probe:
-            try:
+        try:
+            family, kind, protocol, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            with socket.socket(family, kind, protocol) as probe:
                 probe.bind(target)
-            except OSError as problem:
-                reason = str(problem.strerror).lower()
+        except OSError as problem:
+            reason = str(problem.strerror).lower()
         raise StartupError(f"cannot listen on {address}: {reason}; choose another with --port, or 0 for a free one") from error
 
 
