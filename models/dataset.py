@@ -1,6 +1,9 @@
 """What a data set is, and how its raw files are fetched: whole, verified, or not at all."""
 
+import gzip
 import hashlib
+import http.client
+import os
 import urllib.request
 import zlib
 from collections.abc import Sequence
@@ -36,6 +39,15 @@ def verify(content: bytes, sha256: str, origin: str) -> bytes:
     return content
 
 
+def read_sample(path: Path, sha256: str) -> bytes:
+    """Read a file of the repository, verified. Raises DataError when it is missing or damaged."""
+    try:
+        content = path.read_bytes()
+        return verify(gzip.decompress(content) if path.suffix == ".gz" else content, sha256, str(path))
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} cannot be read: {error}; it belongs to the repository: `git checkout {path}`") from error
+
+
 def download(url: str, sha256: str) -> bytes:
     """Read a gzip file from an http, https or file URL; return its uncompressed bytes, verified.
 
@@ -44,7 +56,7 @@ def download(url: str, sha256: str) -> bytes:
     try:
         with urllib.request.urlopen(url, timeout=TIMEOUT) as response:  # noqa: S310  a mirror may be a folder
             packed = response.read()
-    except OSError as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:  # the last when it breaks off
         raise DataError(f"{url} cannot be read: {error}") from error
     decompressor = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)
     try:
@@ -73,7 +85,7 @@ def fetch(target: Path, sha256: str, mirrors: Sequence[str]) -> Path:
             problems.append(str(error))
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(target.name + ".partial")
+        partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
         partial.write_bytes(content)
         partial.replace(target)
         return target

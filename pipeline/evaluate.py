@@ -14,7 +14,7 @@ from sklearn.model_selection import StratifiedKFold
 
 import models
 from pipeline.metrics import measure, roc
-from pipeline.stage import NotNegative, PipelineError, Section, folder, load_params, main, prepared
+from pipeline.stage import NotNegative, PipelineError, Section, folder, load_params, load_rows, main
 from pipeline.train import Params as TrainParams
 from pipeline.train import build, fit
 
@@ -57,6 +57,8 @@ def compare(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
 def cross_validate(model: str, inputs: np.ndarray, targets: np.ndarray, folds: int) -> dict[str, dict[str, float]]:
     """Mean and standard deviation over the folds of each metric on the rows left out."""
     params = load_params(model, "train", TrainParams)
+    if not 2 <= folds <= np.bincount(targets).min():  # noqa: PLR2004
+        raise PipelineError(f"params.yaml: models.{model}.evaluate.folds: {folds} folds cannot be; every class needs a row in each")
     scores = []
     for fold, (fitted, left_out) in enumerate(
         StratifiedKFold(folds, shuffle=True, random_state=params.seed).split(inputs, targets)
@@ -93,7 +95,7 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]
 def evaluate(model: str) -> None:
     """Stage: model.onnx, model.pt -> metrics.json, plots/confusion.csv, plots/roc.csv; fails when a gate is missed."""
     params = load_params(model, "evaluate", Params)
-    data = np.load(prepared(model))
+    data = load_rows(model)
     source, targets = str(data["source"]), data["test_targets"]
     if source not in params.gates:
         raise PipelineError(f"params.yaml: models.{model}.evaluate.gates has no entry for the data set {source!r}")

@@ -15,7 +15,7 @@ import models
 from models.contract import Contract
 from models.network import Classifier
 from pipeline.metrics import measure
-from pipeline.stage import PipelineError, Positive, Section, folder, load_params, main, prepared
+from pipeline.stage import PipelineError, Positive, Section, folder, load_params, load_rows, main, prepared
 from pipeline.train import Params as TrainParams
 from pipeline.train import build
 
@@ -96,7 +96,7 @@ def replace(path: Path, content: bytes) -> None:
 def describe(model: str, network: Classifier) -> dict[str, Any]:
     """The card: the contract, the measured figures, where the model comes from, and test rows with their answers."""
     contract: Contract = models.load(model, "contract").CONTRACT
-    data = np.load(prepared(model))
+    data = load_rows(model)
     inputs, targets = data["test_inputs"], data["test_targets"]
     with torch.inference_mode():
         probabilities = network(torch.from_numpy(inputs)).numpy()
@@ -126,7 +126,7 @@ def export(model: str) -> None:
     network = build(model, load_params(model, "train", TrainParams).network).eval()
     network.load_state_dict(torch.load(folder(model) / "checkpoint.pt", weights_only=True))
     torch.save(network.state_dict(), folder(model) / "model.pt")
-    example = torch.from_numpy(np.load(prepared(model))["test_inputs"][:2])
+    example = torch.from_numpy(load_rows(model)["test_inputs"][:2])
     graph = to_onnx(network, models.load(model, "contract").CONTRACT, example, load_params(model, "export", Params).opset)
     replace(folder(model) / "model.onnx", graph.SerializeToString(deterministic=True))
     replace(folder(model) / "card.json", msgspec.json.format(msgspec.json.encode(describe(model, network)), indent=1))

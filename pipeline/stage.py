@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, TypeVar
 
 import msgspec
+import numpy as np
 import yaml
 
 import models
@@ -56,6 +57,15 @@ def raw(model: str) -> Path:
 def prepared(model: str) -> Path:
     """The file with a model's training and test rows."""
     return Path("data", "prepared", f"{model}.npz")
+
+
+def load_rows(model: str) -> dict[str, np.ndarray]:
+    """The prepared rows: the fields of models.dataset.Dataset by name. Raises PipelineError when `prepare` has not run."""
+    try:
+        with np.load(prepared(model)) as rows:
+            return dict(rows)
+    except FileNotFoundError:
+        raise PipelineError(f"{prepared(model)} is missing: run `dvc repro`") from None
 
 
 def folder(model: str) -> Path:

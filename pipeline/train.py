@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 import models
 from models.network import Classifier
-from pipeline.stage import NotNegative, PipelineError, Positive, Section, Share, folder, load_params, main, prepared
+from pipeline.stage import NotNegative, PipelineError, Positive, Section, Share, folder, load_params, load_rows, main
 
 KEEP_MEMORY = 31 * 2**20  # bytes; glibc unmaps freed blocks larger than the largest one freed so far, if that is below 32 MiB
 CURVE_POINTS = 100  # at most so many points a learning curve
@@ -101,6 +101,8 @@ def fit(model: str, inputs: np.ndarray, targets: np.ndarray, params: Params, liv
     optimizer = build_optimizer(network, params.optimizer)
 
     x, y = torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device)
+    if params.validation_rows >= len(x):
+        raise PipelineError(f"validation_rows: {params.validation_rows} leaves none of {len(x)} rows to train on")
     held_out, rows = torch.randperm(len(x)).to(device).split([params.validation_rows, len(x) - params.validation_rows])
     validation_x, validation_y, x, y = x[held_out], y[held_out], x[rows], y[rows]
     network.adapt(x)
@@ -143,7 +145,7 @@ def log(live: Live, epoch: int, curves: dict[str, dict[str, float]]) -> None:
 def train(model: str) -> None:
     """Stage: prepared rows -> checkpoint.pt (state_dict) and learning curves."""
     params = load_params(model, "train", Params)
-    data = np.load(prepared(model))
+    data = load_rows(model)
     with Live(str(folder(model) / "curves"), dvcyaml=False, save_dvc_exp=False) as live:
         network = fit(model, data["train_inputs"], data["train_targets"], params, live)
     torch.save(network.state_dict(), folder(model) / "checkpoint.pt")

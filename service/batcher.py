@@ -133,9 +133,9 @@ class Batcher:
         """Run batches until nothing waits."""
         loop = asyncio.get_running_loop()
         while batch := await self._take():
-            rows = batch[0].rows if len(batch) == 1 else np.concatenate([waiting.rows for waiting in batch])
             started = loop.time()
             try:
+                rows = batch[0].rows if len(batch) == 1 else np.concatenate([waiting.rows for waiting in batch])
                 answers = await loop.run_in_executor(self._executor, self._run, rows)
                 if len(answers) != len(rows):
                     raise ValueError(f"the engine answered {len(rows)} rows with {len(answers)}")  # noqa: TRY301

@@ -65,8 +65,8 @@ def serve(**options: Any) -> None:
 
     def ready(running: server.Server) -> None:
         names = ", ".join(running.repository.names())
-        click.echo(f"trefoil {version('trefoil')} serves {names} at {running.config.host}:{running.port}")
-        click.echo(f"try: trefoil fizzbuzz 1 30 --server {running.config.host}:{running.port}")
+        click.echo(f"trefoil {version('trefoil')} serves {names} at {running.config.address}")
+        click.echo(f"try: trefoil fizzbuzz 1 30 --server {running.config.address}")
         sys.stdout.flush()
 
     try:

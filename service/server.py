@@ -6,6 +6,7 @@ import logging
 import signal
 import socket
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,29 @@ class BearerToken(grpc.aio.ServerInterceptor):
         return grpc.unary_unary_rpc_method_handler(refuse)
 
 
+class Health(health.aio.HealthServicer):  # type: ignore[misc]  # it comes without types
+    """The standard health service, whose watchers do not hold up the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._ended = asyncio.Event()
+
+    async def Watch(self, request: Any, context: Any) -> None:  # noqa: N802
+        """Report changes until the service ends."""
+        watching = asyncio.ensure_future(super().Watch(request, context))
+        ended = asyncio.ensure_future(self._ended.wait())
+        try:
+            await asyncio.wait({watching, ended}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            watching.cancel()
+            ended.cancel()
+
+    async def end(self) -> None:
+        """Say NOT_SERVING to everyone, and let the watchers go."""
+        await self.enter_graceful_shutdown()
+        self._ended.set()
+
+
 class Server:
     """A gRPC server bound to a port."""
 
@@ -68,12 +92,11 @@ class Server:
 
         Raises StartupError when a model cannot be loaded or the port is taken.
         """
-        self.config = config
         interceptors = (BearerToken(config.token_file),) if config.token_file else ()
         self.repository = Repository(config)
         options = {"grpc.so_reuseport": 0, "grpc.max_receive_message_length": config.max_message_bytes}
         self._server = grpc.aio.server(interceptors=interceptors, options=list(options.items()))
-        self._health = health.aio.HealthServicer()
+        self._health = Health()
         inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(InferenceServicer(self.repository), self._server)
         digits_pb2_grpc.add_DigitsServicer_to_server(DigitsServicer(self.repository), self._server)
         diabetes_pb2_grpc.add_DiabetesServicer_to_server(DiabetesServicer(self.repository), self._server)
@@ -82,7 +105,7 @@ class Server:
         for module in (health_pb2, reflection_pb2):
             POOL.AddSerializedFile(module.DESCRIPTOR.serialized_pb)
         reflection.enable_server_reflection(SERVICES, self._server, pool=POOL)
-        self.port = bind(self._server, config.host, config.port)
+        self.config = replace(config, port=bind(self._server, config))
 
     async def start(self) -> None:
         """Accept calls; health says which models are served."""
@@ -92,25 +115,26 @@ class Server:
 
     async def stop(self) -> None:
         """Say NOT_SERVING, refuse new calls, let those in flight finish within the grace, then end."""
-        await self._health.enter_graceful_shutdown()
+        await self._health.end()
         await self._server.stop(self.config.grace)
         await self.repository.close()
 
 
-def bind(server: Any, host: str, port: int) -> int:
-    """Bind a port, 0 for a free one; return it. Raises StartupError when that is not possible."""
-    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+def bind(server: Any, config: Config) -> int:
+    """Bind the port, 0 for a free one; return it. Raises StartupError when that is not possible."""
     try:
-        return int(server.add_insecure_port(address))
+        return int(server.add_insecure_port(config.address))
     except RuntimeError as error:
         reason = "is not an address of this machine, or is taken"
         try:
-            family, kind, protocol, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            family, kind, protocol, _, target = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
             with socket.socket(family, kind, protocol) as probe:
                 probe.bind(target)
         except OSError as problem:
             reason = str(problem.strerror).lower()
-        raise StartupError(f"cannot listen on {address}: {reason}; choose another with --port, or 0 for a free one") from error
+        raise StartupError(
+            f"cannot listen on {config.address}: {reason}; choose another with --port, or 0 for a free one"
+        ) from error
 
 
 async def serve(config: Config, ready: Callable[[Server], None]) -> None:

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -79,9 +78,10 @@ def serving(models: Path, *flags: str, engine: str = "onnxruntime", **environmen
         assert process.stdout is not None
         first = process.stdout.readline()
         assert " at " in first, f"{' '.join(command)} did not start"
-        yield Service(process, first.rsplit(" at ", 1)[1].strip(), engine)
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
+        try:
+            yield Service(process, first.rsplit(" at ", 1)[1].strip(), engine)
+        finally:
+            process.terminate()
         assert process.wait(timeout=60) == 0
 
 

@@ -3,12 +3,11 @@
 Donor: National Institute of Diabetes and Digestive and Kidney Diseases / V. Sigillito, 1990; public domain.
 """
 
-import shutil
 from pathlib import Path
 
 import numpy as np
 
-from models.dataset import SAMPLES, Dataset, verify
+from models.dataset import SAMPLES, Dataset, read_sample
 
 FILE = "pima-indians-diabetes.csv"
 SHA256 = "1241db9c7075f9f2c732c4aef4cd9bc375905f40a28c21a4521a5ee8f6122ce6"
@@ -19,10 +18,9 @@ def load(raw: Path, *, test_fraction: float, seed: int) -> Dataset:
 
     Raises DataError when the file in the repository is damaged.
     """
-    origin = SAMPLES / "diabetes" / FILE
-    verify(origin.read_bytes(), SHA256, str(origin))
     raw.mkdir(parents=True, exist_ok=True)
-    table = np.loadtxt(shutil.copyfile(origin, raw / FILE), delimiter=",", skiprows=1, dtype=np.float32)  # (768, 9)
+    (raw / FILE).write_bytes(read_sample(SAMPLES / "diabetes" / FILE, SHA256))
+    table = np.loadtxt(raw / FILE, delimiter=",", skiprows=1, dtype=np.float32)  # (768, 9)
     inputs, targets = table[:, :8], table[:, 8].astype(np.int64)
     test = np.zeros(len(targets), dtype=bool)
     random = np.random.default_rng(seed)

@@ -1,6 +1,5 @@
 """The 60,000 + 10,000 digits of MNIST (LeCun, Cortes, Burges 1998), or the 5,000 of the sample in this repository."""
 
-import gzip
 import os
 import warnings
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from models.dataset import SAMPLES, DataError, Dataset, fetch, verify
+from models.dataset import SAMPLES, DataError, Dataset, fetch, read_sample
 
 FULL = {  # file name -> SHA-256 of its uncompressed bytes
     "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
@@ -58,9 +57,7 @@ def full(raw: Path) -> Dataset:
 
 def sample() -> Dataset:
     """4,500 digits to train on and 500 to test on, all rows of the official training set."""
-    contents = (
-        verify(gzip.decompress((SAMPLES / "mnist" / f"{name}.gz").read_bytes()), sha256, name) for name, sha256 in SAMPLE.items()
-    )
+    contents = (read_sample(SAMPLES / "mnist" / f"{name}.gz", sha256) for name, sha256 in SAMPLE.items())
     images, labels = (idx(content).astype(dtype) for content, dtype in zip(contents, (np.uint8, np.int64), strict=True))
     cut = len(images) - SAMPLE_TEST_ROWS
     return Dataset(images[:cut], labels[:cut], images[cut:], labels[cut:], "sample")

@@ -1,5 +1,6 @@
 """trefoil.v1.Digits: pictures of handwritten digits."""
 
+import asyncio
 from typing import Any
 
 import numpy as np
@@ -22,11 +23,16 @@ class DigitsServicer(digits_pb2_grpc.DigitsServicer):
     async def Classify(self, request: ClassifyRequest, _context: Any) -> ClassifyResponse:  # noqa: N802
         """Read each picture's digit."""
         model = self._repository.get("mnist")
-        images = [decode(image, f"images[{i}]") for i, image in enumerate(request.images)]
-        return encode(await model.infer(np.array(images, dtype=np.uint8), "images[{row}]"))
+        images = await asyncio.to_thread(decode, request)  # a large picture takes long
+        return encode(await model.infer(images, "images[{row}]"))
 
 
-def decode(image: Image, where: str) -> Rows:
+def decode(request: ClassifyRequest) -> Rows:
+    """All pictures, (batch, 28, 28) uint8. Raises InvalidInputError."""
+    return np.array([decode_one(image, f"images[{i}]") for i, image in enumerate(request.images)], dtype=np.uint8)
+
+
+def decode_one(image: Image, where: str) -> Rows:
     """One picture as (28, 28) uint8. Raises InvalidInputError."""
     match image.WhichOneof("content"):
         case "pixels":

@@ -1,0 +1,336 @@
+"""The batcher alone, with an engine that writes down what it is given, and a clock that the test turns."""
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from service.batcher import Batcher
+from service.card import Rows
+from service.errors import InternalError, QueueFullError, QueueTimeoutError, ShuttingDownError
+
+pytestmark = pytest.mark.timeout(60)  # a request that nobody answers shows as a test that does not end
+
+POISON = -1  # the engine fails on a batch that holds it
+LIMITS = {"max_batch_rows": 4, "max_queue_rows": 12, "queue_timeout": 60.0}
+
+
+class FakeEngine:
+    """Answers a row with three times its value. A batch begins when the test lets it: see `held` and `release`."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[int]] = []  # every batch that was begun
+        self._open, self._begun = threading.Event(), threading.Event()
+        self._open.set()
+
+    def run(self, rows: Rows) -> Rows:
+        """(n,) -> (n,)."""
+        self.batches.append(rows.tolist())
+        self._begun.set()
+        if not self._open.wait(30):
+            raise TimeoutError("the test never released the engine")
+        if POISON in rows:
+            raise ValueError("secret")
+        return rows * 3
+
+    async def hold(self, batcher: Batcher) -> asyncio.Task[Rows]:
+        """Keep the engine busy with one row, 0, until `release`."""
+        self._open.clear()
+        self._begun.clear()
+        [task] = await submit(batcher, [0])
+        await asyncio.to_thread(self._begun.wait)
+        return task
+
+    def release(self) -> None:
+        """Let the engine work."""
+        self._open.set()
+
+    @property
+    def executed(self) -> set[int]:
+        """Every row that the engine was given."""
+        return {row for batch in self.batches for row in batch}
+
+
+async def ticks() -> None:
+    """Let everything that is ready run, callbacks of callbacks too; no time passes."""
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+async def submit(batcher: Batcher, *requests: list[int]) -> list[asyncio.Task[Rows]]:
+    """Start a call for each request, in this order; when it returns they run or wait."""
+    tasks = [asyncio.create_task(batcher.infer(np.array(rows))) for rows in requests]
+    await ticks()
+    return tasks
+
+
+async def outcomes(tasks: list[asyncio.Task[Rows]]) -> list[Any]:
+    """What each call came to: its answer as a list, or the class of its error."""
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    return [type(result) if isinstance(result, BaseException) else result.tolist() for result in results]
+
+
+def turn_clock(seconds: float) -> None:
+    """Make the event loop's clock jump; timers that become due run in the next ticks."""
+    loop = asyncio.get_running_loop()
+    now = loop.time() + seconds
+    loop.time = lambda: now  # type: ignore[method-assign]
+
+
+Scenario = Callable[[Batcher, FakeEngine], Coroutine[Any, Any, None]]
+
+
+def play(scenario: Scenario, **limits: float) -> FakeEngine:
+    """Run a scenario with a new batcher and engine in a new event loop, and close them."""
+
+    async def main() -> FakeEngine:
+        engine = FakeEngine()
+        batcher = Batcher(engine.run, **{**LIMITS, **limits})  # type: ignore[arg-type]
+        try:
+            await scenario(batcher, engine)
+        finally:
+            engine.release()
+            await batcher.close()
+        return engine
+
+    return asyncio.run(main())
+
+
+@pytest.fixture(autouse=True)
+def nothing_lost(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """No test may leave an exception in a callback or in a future that nobody looked at; asyncio logs those."""
+    yield
+    assert [record.getMessage() for record in caplog.records if record.name == "asyncio"] == []
+
+
+@pytest.mark.parametrize(
+    ("requests", "batches"),
+    [
+        ([[1]], [[1]]),
+        ([[1], [2], [3]], [[1, 2, 3]]),
+        ([[1, 2], [3, 4], [5]], [[1, 2, 3, 4], [5]]),
+        ([[1, 2, 3], [4, 5], [6, 7]], [[1, 2, 3], [4, 5, 6, 7]]),
+        ([[1, 2, 3, 4, 5, 6]], [[1, 2, 3, 4], [5, 6]]),
+        ([[1, 2, 3, 4, 5, 6], [7, 8], [9]], [[1, 2, 3, 4], [5, 6, 7, 8], [9]]),
+    ],
+)
+def test_batches(requests: list[list[int]], batches: list[list[int]]) -> None:
+    """What gathers while the engine is busy is merged, whole requests together when they fit, larger ones split."""
+
+    async def scenario(batcher: Batcher, engine: FakeEngine) -> None:
+        running = await engine.hold(batcher)
+        waiting = await submit(batcher, *requests)
+        assert engine.batches == [[0]]
+        engine.release()
+        assert await outcomes([running, *waiting]) == [[0], *([3 * row for row in rows] for rows in requests)]
+
+    assert play(scenario).batches == [[0], *batches]
+
+
+def test_idle_engine_starts_at_once() -> None:
+    """A lone request to an idle engine is answered while the clock stands still."""
+
+    async def scenario(batcher: Batcher, _engine: FakeEngine) -> None:
+        turn_clock(0)
+        assert await outcomes(await submit(batcher, [1])) == [[3]]
+
+    play(scenario)
+
+
+def test_max_delay_gathers() -> None:
+    """With max_delay an idle engine waits for company: until a batch is full, or the oldest has waited that long."""
+
+    async def scenario(batcher: Batcher, engine: FakeEngine) -> None:
+        turn_clock(0)
+        first = await submit(batcher, [1], [2])
+        assert engine.batches == []
+        full = await submit(batcher, [3, 4])
+        await outcomes([*first, *full])
+        late = await submit(batcher, [5])
+        turn_clock(29)
+        late += await submit(batcher, [6])
+        assert engine.batches == [[1, 2, 3, 4]]
+        turn_clock(1)
+        await outcomes(late)
+
+    assert play(scenario, max_delay=30).batches == [[1, 2, 3, 4], [5, 6]]
+
+
+def test_full_queue_refuses_at_once() -> None:
+    """A request that the queue has no room for is refused at once, and is welcome when a cancelled or expired one has left."""
+
+    async def scenario(batcher: Batcher, engine: FakeEngine) -> None:
+        turn_clock(0)
+        running = await engine.hold(batcher)
+        waiting = await submit(batcher, [1, 2, 3, 4], [5, 6, 7, 8, 9, 10])
+        [refused] = await submit(batcher, [11, 12, 13])
+        assert refused.done()
+        error = refused.exception()
+        assert isinstance(error, QueueFullError)
+        assert error.retry_after > 0
+        waiting[0].cancel()
+        [late] = await submit(batcher, [14, 15, 16, 17, 18, 19])
+        assert not late.done()
+        turn_clock(LIMITS["queue_timeout"])
+        assert await outcomes([*waiting, late]) == [asyncio.CancelledError, QueueTimeoutError, QueueTimeoutError]
+        last = await submit(batcher, list(range(20, 32)))
+        engine.release()
+        assert await outcomes([running, *last]) == [[0], [3 * row for row in range(20, 32)]]
+
+    assert play(scenario).executed == {0, *range(20, 32)}
+
+
+def test_queue_timeout_ends_what_waits() -> None:
+    """A request that has waited too long ends while the engine is still busy, and never runs; younger ones stay."""
+
+    async def scenario(batcher: Batcher, engine: FakeEngine) -> None:
+        turn_clock(0)
+        running = await engine.hold(batcher)
+        old = await submit(batcher, [1], [2, 3, 4, 5, 6])
+        turn_clock(40)
+        young = await submit(batcher, [7])
+        turn_clock(20)
+        assert await outcomes(old) == [QueueTimeoutError, QueueTimeoutError]
+        assert not running.done()
+        engine.release()
+        assert await outcomes([running, *young]) == [[0], [21]]
+
+    assert play(scenario).executed == {0, 7}
+
+
+def test_cancelled_requests_never_run() -> None:
+    """A cancelled request, split or whole, is never run, and its neighbours are."""
+
+    async def scenario(batcher: Batcher, engine: FakeEngine) -> None:
+        running = await engine.hold(batcher)
+        tasks = await submit(batcher, [1], [2], [3, 4, 5, 6, 7], [8, 9])
+        for task in (tasks[1], tasks[2]):
+            task.cancel()
+        engine.release()
+        assert await outcomes([running, *tasks]) == [[0], [3], asyncio.CancelledError, asyncio.CancelledError, [24, 27]]
+
+    assert play(scenario).batches == [[0], [1, 8, 9]]
+
+
+def test_cancelled_as_it_expires() -> None:
+    """A caller that leaves in the very tick in which its request expires disturbs nobody else's timeout."""
+
+    async def scenario(batcher: Batcher, engine: FakeEngine) -> None:
+        turn_clock(0)
+        running = await engine.hold(batcher)
+        tasks = await submit(batcher, [1], [2])
+        asyncio.get_running_loop().call_later(LIMITS["queue_timeout"] / 2, tasks[0].cancel)
+        turn_clock(LIMITS["queue_timeout"])
+        await ticks()
+        assert tasks[1].done()
+        engine.release()
+        assert await outcomes([running, *tasks]) == [[0], asyncio.CancelledError, QueueTimeoutError]
+
+    assert play(scenario).executed == {0}
+
+
+def test_cancelled_as_the_engine_frees() -> None:
+    """A caller that leaves in the very tick in which the next batch is put together is not in it."""
+
+    async def scenario(batcher: Batcher, _engine: FakeEngine) -> None:
+        loop = asyncio.get_running_loop()
+        begun: list[tuple[list[int], asyncio.Future[Rows]]] = []
+
+        def run_by_hand(_executor: Any, _run: Any, rows: Rows) -> asyncio.Future[Rows]:
+            begun.append((rows.tolist(), loop.create_future()))
+            return begun[-1][1]
+
+        loop.run_in_executor = run_by_hand  # type: ignore[assignment, method-assign]
+        tasks = await submit(batcher, [0])
+        tasks += await submit(batcher, [1], [2])
+        loop.call_soon(tasks[1].cancel)
+        begun[0][1].set_result(np.zeros(1))
+        await ticks()
+        assert [rows for rows, _ in begun] == [[0], [2]]
+        begun[1][1].set_result(np.ones(1))
+        assert await outcomes(tasks) == [[0], asyncio.CancelledError, [1]]
+
+    play(scenario)
+
+
+def test_failure_stays_in_its_batch(caplog: pytest.LogCaptureFixture) -> None:
+    """An engine failure fails exactly the requests of that batch, with one record in the log, and the next batch works."""
+
+    async def scenario(batcher: Batcher, engine: FakeEngine) -> None:
+        running = await engine.hold(batcher)
+        tasks = await submit(batcher, [1, 2], [POISON], [3, 4], [5])
+        engine.release()
+        assert await outcomes([running, *tasks]) == [[0], InternalError, InternalError, [9, 12], [15]]
+        errors = {str(task.exception()) for task in tasks[:2]}
+        [record] = [record for record in caplog.records if record.levelno == logging.ERROR]
+        assert [record.getMessage() in error for error in errors] == [True]
+
+    assert play(scenario).batches == [[0], [1, 2, POISON], [3, 4, 5]]
+
+
+@pytest.mark.parametrize("answer", [lambda rows: rows[:-1], lambda rows: np.concatenate([rows, rows]), lambda _: None])
+def test_wrong_answers_are_failures(answer: Callable[[Rows], Rows]) -> None:
+    """An engine that answers with more rows, fewer, or none at all has failed."""
+
+    async def main() -> None:
+        batcher = Batcher(answer, **LIMITS)  # type: ignore[arg-type]
+        assert await outcomes(await submit(batcher, [1, 2])) == [InternalError]
+        await batcher.close()
+
+    asyncio.run(main())
+
+
+def test_close_ends_waiters() -> None:
+    """Closing ends those that wait and all that come later, and lets the running batch finish."""
+
+    async def scenario(batcher: Batcher, engine: FakeEngine) -> None:
+        running = await engine.hold(batcher)
+        waiting = await submit(batcher, [1], [2, 3, 4, 5, 6])
+        closing = asyncio.create_task(batcher.close())
+        assert await outcomes(waiting) == [ShuttingDownError, ShuttingDownError]
+        assert await outcomes(await submit(batcher, [7])) == [ShuttingDownError]
+        assert not closing.done()
+        engine.release()
+        await closing
+        assert await outcomes([running]) == [[0]]
+
+    assert play(scenario).executed == {0}
+
+
+REQUEST = st.tuples(st.integers(1, 9), st.sampled_from(["keep", "keep", "keep", "cancel", "poison"]))
+
+
+@settings(deadline=None, max_examples=100)
+@given(rounds=st.lists(st.lists(REQUEST, max_size=12), max_size=3), max_batch_rows=st.integers(1, 8))
+def test_every_row_goes_back_to_its_caller(rounds: list[list[tuple[int, str]]], max_batch_rows: int) -> None:
+    """Whatever others send, cancel or break, a caller gets what its rows get alone, and what is cancelled never runs."""
+    cancelled: set[int] = set()
+
+    async def scenario(batcher: Batcher, engine: FakeEngine) -> None:
+        fresh = iter(range(1, 10_000))
+        for requests in rounds:
+            await engine.hold(batcher)
+            rows = [[next(fresh) for _ in range(size)] for size, _ in requests]
+            sent = [[*some, POISON] if fate == "poison" else some for some, (_, fate) in zip(rows, requests, strict=True)]
+            tasks = await submit(batcher, *sent)
+            for task, some, (_, fate) in zip(tasks, rows, requests, strict=True):
+                if fate == "cancel":
+                    task.cancel()
+                    cancelled.update(some)
+            begun = len(engine.batches)
+            engine.release()
+            results = await outcomes(tasks)
+            failed = {row for batch in engine.batches[begun:] if POISON in batch for row in batch}
+            for some, (_, fate), result in zip(sent, requests, results, strict=True):
+                alone = InternalError if failed.intersection(some) else [3 * row for row in some]
+                assert result == (asyncio.CancelledError if fate == "cancel" else alone)
+
+    engine = play(scenario, max_batch_rows=max_batch_rows, max_queue_rows=1000)
+    assert not cancelled & engine.executed
+    assert max(map(len, engine.batches), default=0) <= max_batch_rows
