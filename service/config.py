@@ -45,7 +45,8 @@ class Config:
             if allowed["among"] and value not in allowed["among"]:
                 raise StartupError(f"{setting.name}: {value!r} is not known; use {' or '.join(allowed['among'])}")
             if isinstance(value, int | float) and not allowed["least"] <= value <= allowed["most"]:
-                raise StartupError(f"{setting.name}: {value} cannot be; use {allowed['least']:g} to {allowed['most']:.10g}")
+                most = "or more" if allowed["most"] == inf else f"to {allowed['most']}"
+                raise StartupError(f"{setting.name}: {value} cannot be; use {allowed['least']} {most}")
         if self.max_queue_rows < self.max_request_rows:
             raise StartupError(
                 f"max_queue_rows: {self.max_queue_rows} has no room for one request; use {self.max_request_rows} or more"
