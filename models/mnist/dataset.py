@@ -39,7 +39,7 @@ def load(raw: Path, *, data: str) -> Dataset:
             raise
         warnings.warn(
             f"MNIST is trained on the 5,000 digits in the repository, because the full set could not be had ({error}). "
-            "Expect about 98.5 % on its 500 held-out digits instead of 99.5 % on the 10,000 of the full test set. To get the rest, "
+            "Expect about 99 % on its 500 held-out digits instead of 99.6 % on the 10,000 of the full test set. To get the rest, "
             f"set {MIRROR} to a folder or URL that holds {', '.join(f'{name}.gz' for name in FULL)} and run "
             "`dvc repro --force --single-item prepare@mnist && dvc repro`.",
             stacklevel=2,
