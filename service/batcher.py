@@ -7,13 +7,15 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from service.card import Rows
 from service.errors import InternalError, QueueFullError, QueueTimeoutError, ShuttingDownError
+
+PATIENCE = 24  # ticks of the loop without a new request before a short batch starts: gRPC hands over a call every few ticks
 
 
 @dataclass(eq=False, slots=True)
@@ -36,20 +38,25 @@ class Batcher:
         max_queue_rows: int,
         queue_timeout: float,
         max_delay: float = 0.0,
+        inline_rows: int = 0,
     ) -> None:
-        """`run` maps (batch, ...) to (batch, ...) in a thread of its own, one call at a time, at most `max_batch_rows` rows a call.
+        """`run` maps (batch, ...) to (batch, ...), one call at a time, at most `max_batch_rows` rows a call.
 
+        Batches of up to `inline_rows` rows are so quick that they run on the event loop; larger ones run in a thread, and requests
+        gather meanwhile.
         At most `max_queue_rows` rows wait, each for `queue_timeout` seconds; an idle engine waits `max_delay` seconds for company.
         """
         self._run = run
         self._max_batch_rows, self._max_queue_rows = max_batch_rows, max_queue_rows
         self._queue_timeout, self._max_delay = queue_timeout, max_delay
+        self._inline_rows = inline_rows
         self._queue: deque[_Waiting] = deque()
         self._waiting_rows = 0
         self._seconds_per_row = 0.0  # of the latest batch
-        self._full = asyncio.Event()  # a whole batch waits
-        self._worker: asyncio.Task[None] | None = None
-        self._timer: asyncio.TimerHandle | None = None
+        self._seen, self._patience = 0, PATIENCE  # rows that waited at the latest tick, ticks left
+        self._next: asyncio.Handle | None = None  # will start the next batch
+        self._running: asyncio.Future[Rows] | None = None  # the batch in the thread
+        self._timer: asyncio.TimerHandle | None = None  # will end what has waited too long
         self._executor = ThreadPoolExecutor(1)
         self._closed = False
 
@@ -80,11 +87,11 @@ class Batcher:
             if not waiting.future.done():
                 waiting.future.set_exception(ShuttingDownError("the service is shutting down: ask another one"))
         self._queue.clear()
-        if self._timer:
-            self._timer.cancel()
-        if self._worker:
-            self._full.set()
-            await self._worker
+        for handle in (self._timer, self._next):
+            if handle:
+                handle.cancel()
+        if self._running:
+            await asyncio.wait([self._running])
         self._executor.shutdown()
 
     def _put(self, rows: Rows) -> _Waiting:
@@ -93,10 +100,11 @@ class Batcher:
         waiting = _Waiting(rows, loop.create_future(), loop.time())
         self._queue.append(waiting)
         self._waiting_rows += len(rows)
-        if self._waiting_rows >= self._max_batch_rows:
-            self._full.set()
-        if self._worker is None:
-            self._worker = loop.create_task(self._work())
+        if self._running is None:
+            if self._next and self._waiting_rows >= self._max_batch_rows:  # no need to wait for more
+                self._next.cancel()
+                self._next = None
+            self._next = self._next or loop.call_soon(self._tick)
         if self._timer is None:
             self._timer = loop.call_at(waiting.arrived + self._queue_timeout, self._expire)
         return waiting
@@ -129,38 +137,74 @@ class Batcher:
                 reason = f"not started within {self._queue_timeout:g} s, as long as the queue allows"
                 waiting.future.set_exception(QueueTimeoutError(reason))
 
-    async def _work(self) -> None:
-        """Run batches until nothing waits."""
+    def _tick(self) -> None:
+        """Start the next batch: at once when it goes to the thread, else when requests stop coming, and not before `max_delay`."""
         loop = asyncio.get_running_loop()
-        while batch := await self._take():
-            started = loop.time()
-            try:
-                rows = batch[0].rows if len(batch) == 1 else np.concatenate([waiting.rows for waiting in batch])
-                answers = await loop.run_in_executor(self._executor, self._run, rows)
-                if len(answers) != len(rows):
-                    raise ValueError(f"the engine answered {len(rows)} rows with {len(answers)}")  # noqa: TRY301
-            except Exception as error:  # noqa: BLE001  whatever it is, it fails this batch and no other
-                failure = InternalError(error)
-                for waiting in batch:
-                    if not waiting.future.done():
-                        waiting.future.set_exception(failure)
-                continue
-            self._seconds_per_row = (loop.time() - started) / len(rows)
-            start = 0
-            for waiting in batch:
-                stop = start + len(waiting.rows)
-                if not waiting.future.done():
-                    waiting.future.set_result(answers[start:stop])
-                start = stop
-        self._worker = None
+        if self._waiting_rows != self._seen:
+            self._seen, self._patience = self._waiting_rows, PATIENCE
+        self._patience -= 1
+        delay = self._queue[0].arrived + self._max_delay - loop.time() if self._max_delay and self._queue else 0
+        if self._waiting_rows >= self._max_batch_rows:
+            self._start()
+        elif self._waiting_rows <= self._inline_rows and self._patience > 0:
+            self._next = loop.call_soon(self._tick)
+        elif delay > 0:
+            self._next = loop.call_later(delay, self._start)
+        else:
+            self._start()
 
-    async def _take(self) -> list[_Waiting]:
+    def _start(self) -> None:
+        """Run what waits: a short batch here and now, a long one in the thread."""
+        loop = asyncio.get_running_loop()
+        self._next, self._seen = None, 0
+        batch = self._take()
+        if not batch:
+            return
+        started = loop.time()
+        try:
+            rows = batch[0].rows if len(batch) == 1 else np.concatenate([waiting.rows for waiting in batch])
+            if len(rows) > self._inline_rows:
+                self._running = loop.run_in_executor(self._executor, self._run, rows)
+                self._running.add_done_callback(partial(self._finish, batch, started))
+                return
+            self._deliver(batch, self._run(rows), started)
+        except Exception as error:  # noqa: BLE001  whatever it is, it fails this batch and no other
+            self._fail(batch, error)
+        if self._queue:
+            self._next = loop.call_soon(self._tick)
+
+    def _finish(self, batch: list[_Waiting], started: float, running: asyncio.Future[Rows]) -> None:
+        """The thread has run a batch: answer, and give it the next at once."""
+        self._running = None
+        try:
+            self._deliver(batch, running.result(), started)
+        except Exception as error:  # noqa: BLE001  whatever it is, it fails this batch and no other
+            self._fail(batch, error)
+        if not self._closed:
+            self._start()
+
+    def _deliver(self, batch: list[_Waiting], answers: Rows, started: float) -> None:
+        """Give each request its part of the answers. Raises ValueError when they are not as many as the rows."""
+        count = sum(len(waiting.rows) for waiting in batch)
+        if len(answers) != count:
+            raise ValueError(f"the engine answered {count} rows with {len(answers)}")
+        self._seconds_per_row = (asyncio.get_running_loop().time() - started) / count
+        start = 0
+        for waiting in batch:
+            stop = start + len(waiting.rows)
+            if not waiting.future.done():
+                waiting.future.set_result(answers[start:stop])
+            start = stop
+
+    def _fail(self, batch: list[_Waiting], error: Exception) -> None:
+        """Answer a whole batch with one internal error."""
+        failure = InternalError(error)
+        for waiting in batch:
+            if not waiting.future.done():
+                waiting.future.set_exception(failure)
+
+    def _take(self) -> list[_Waiting]:
         """The requests of the next batch, oldest first, as many as fit; none when none wait."""
-        if self._max_delay and self._queue and self._waiting_rows < self._max_batch_rows:
-            self._full.clear()
-            remaining = self._queue[0].arrived + self._max_delay - asyncio.get_running_loop().time()
-            with suppress(TimeoutError):  # it has waited long enough
-                await asyncio.wait_for(self._full.wait(), max(0.0, remaining))
         batch: list[_Waiting] = []
         room = self._max_batch_rows
         while self._queue and len(self._queue[0].rows) <= room:

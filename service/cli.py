@@ -1,6 +1,5 @@
 """The command `trefoil`."""
 
-import asyncio
 import dataclasses
 import json
 import logging
@@ -59,6 +58,8 @@ def serve(**options: Any) -> None:
     trefoil serve
     trefoil serve --engine torch --port 0
     """  # noqa: D301  \b is click's mark for text that keeps its lines
+    import uvloop  # noqa: PLC0415
+
     from service import server  # noqa: PLC0415  the other commands do without the server's packages
 
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
@@ -70,7 +71,7 @@ def serve(**options: Any) -> None:
         sys.stdout.flush()
 
     try:
-        asyncio.run(server.serve(Config(**options), ready))
+        uvloop.run(server.serve(Config(**options), ready))
     except StartupError as error:
         raise Refusal(str(error)) from None
 

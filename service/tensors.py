@@ -1,11 +1,11 @@
 """Tensors of the Open Inference Protocol: from a request to an array, and from an array to a response."""
 
+from collections.abc import Mapping
 from math import prod
-from typing import Any
 
 import numpy as np
 
-from proto.inference_pb2 import InferTensorContents, ModelInferRequest, ModelInferResponse
+from proto.inference_pb2 import InferParameter, InferTensorContents, ModelInferRequest, ModelInferResponse
 from service.card import Card, Rows, Tensor
 from service.errors import InvalidInputError
 
@@ -15,50 +15,56 @@ WHERE = "inputs[0][{row}].{feature}"
 
 def decode(request: ModelInferRequest, card: Card) -> Rows:
     """The input tensor of a request, (batch, *shape), in the dtype of the card. Raises InvalidInputError."""
-    expected = card.input
-    if [tensor.name for tensor in request.inputs] != [expected.name]:
-        raise InvalidInputError("inputs", f"{card.name} takes one tensor {expected.name!r}, got {[t.name for t in request.inputs]}")
-    tensor = request.inputs[0]
+    expected, inputs = card.input, request.inputs
+    if len(inputs) != 1 or inputs[0].name != expected.name:
+        raise InvalidInputError(
+            "inputs", f"{card.name} takes one tensor {expected.name!r}, got {[tensor.name for tensor in inputs]}"
+        )
+    tensor = inputs[0]
     shape = tuple(tensor.shape)
     if tensor.datatype != expected.datatype:
         raise InvalidInputError("inputs[0].datatype", f"{expected.name!r} is {expected.datatype}, got {tensor.datatype!r}")
-    if len(shape) != 1 + len(expected.shape) or shape[1:] != expected.shape or shape[0] < 0:
+    if shape[1:] != expected.shape or not shape or shape[0] < 0:
         raise InvalidInputError("inputs[0].shape", f"{expected.name!r} is {[-1, *expected.shape]}, got {list(shape)}")
-    for place, parameters in (
-        ("inputs[0]", tensor.parameters),
-        *((f"outputs[{i}]", o.parameters) for i, o in enumerate(request.outputs)),
-    ):
-        if "shared_memory_region" in parameters:
-            raise InvalidInputError(f"{place}.parameters", "shared memory is not offered; send the contents in the request")
-    check_outputs(request, card)
-    if request.raw_input_contents:
-        return _from_raw(request, expected).reshape(shape)
-    return _from_typed(tensor.contents, expected, prod(shape)).reshape(shape)
+    if tensor.parameters:
+        check_parameters("inputs[0]", tensor.parameters)
+    if request.outputs:
+        check_outputs(request, card)
+    content = request.raw_input_contents  # each access to an entry copies it
+    if not content:
+        return _from_typed(tensor.contents, expected, prod(shape)).reshape(shape)
+    if tensor.HasField("contents"):
+        raise InvalidInputError("inputs[0].contents", "must be empty when raw_input_contents is used")
+    if len(content) != 1:
+        raise InvalidInputError("raw_input_contents", f"one entry an input: 1, got {len(content)}")
+    return _from_raw(content[0], expected, shape)
+
+
+def check_parameters(where: str, parameters: Mapping[str, InferParameter]) -> None:
+    """Tolerate parameters of a tensor, but for those that say that its contents are elsewhere. Raises InvalidInputError."""
+    if "shared_memory_region" in parameters:
+        raise InvalidInputError(f"{where}.parameters", "shared memory is not offered; send the contents in the request")
 
 
 def check_outputs(request: ModelInferRequest, card: Card) -> None:
     """Raise InvalidInputError unless the requested outputs are the one that there is, once."""
     names = [output.name for output in request.outputs]
-    for i, name in enumerate(names):
+    for i, (name, output) in enumerate(zip(names, request.outputs, strict=True)):
+        check_parameters(f"outputs[{i}]", output.parameters)
         if name != card.output.name:
             raise InvalidInputError(f"outputs[{i}].name", f"{card.name} has no output {name!r}; it has {card.output.name!r}")
     if len(names) > 1:
         raise InvalidInputError("outputs", f"{card.output.name!r} is asked for {len(names)} times; once is enough")
 
 
-def _from_raw(request: ModelInferRequest, expected: Tensor) -> Rows:
-    """The flat values of raw_input_contents."""
-    if request.inputs[0].HasField("contents"):
-        raise InvalidInputError("inputs[0].contents", "must be empty when raw_input_contents is used")
-    if len(request.raw_input_contents) != 1:
-        raise InvalidInputError("raw_input_contents", f"one entry an input: 1, got {len(request.raw_input_contents)}")
-    content = request.raw_input_contents[0]
-    wanted = prod(request.inputs[0].shape) * expected.dtype.itemsize
+def _from_raw(content: bytes, expected: Tensor, shape: tuple[int, ...]) -> Rows:
+    """The values of an entry of raw_input_contents."""
+    wanted = prod(shape) * expected.dtype.itemsize
     if len(content) != wanted:
         raise InvalidInputError(
             "raw_input_contents[0]", f"the shape needs {wanted} bytes of {expected.datatype}, got {len(content)}"
         )
-    return np.frombuffer(content, expected.dtype)
+    return np.frombuffer(content, expected.dtype).reshape(shape)
 
 
 def _from_typed(contents: InferTensorContents, expected: Tensor, wanted: int) -> Rows:
@@ -77,11 +83,12 @@ def _from_typed(contents: InferTensorContents, expected: Tensor, wanted: int) ->
 
 def encode(rows: Rows, request: ModelInferRequest, card: Card) -> ModelInferResponse:
     """The response with the output tensor, (batch, *shape). Raw contents in, raw contents out; typed in, typed out."""
-    output: dict[str, Any] = {"name": card.output.name, "datatype": card.output.datatype, "shape": rows.shape}
-    response = ModelInferResponse(model_name=card.name, model_version=card.version, id=request.id)
+    output = ModelInferResponse.InferOutputTensor(name=card.output.name, datatype=card.output.datatype, shape=rows.shape)
+    raw = []
     if request.raw_input_contents:
-        response.raw_output_contents.append(rows.tobytes())
+        raw.append(rows.tobytes())
     else:
-        output["contents"] = {CONTENTS[card.output.datatype]: rows.ravel()}
-    response.outputs.add(**output)
-    return response
+        getattr(output.contents, CONTENTS[card.output.datatype]).extend(rows.ravel().tolist())
+    return ModelInferResponse(
+        model_name=card.name, model_version=card.version, id=request.id, outputs=[output], raw_output_contents=raw
+    )
