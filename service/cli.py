@@ -4,7 +4,7 @@ import dataclasses
 import json
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
@@ -58,22 +58,25 @@ def serve(**options: Any) -> None:
     trefoil serve
     trefoil serve --engine torch --port 0
     """  # noqa: D301  \b is click's mark for text that keeps its lines
-    import uvloop  # noqa: PLC0415
-
-    from service import server  # noqa: PLC0415  the other commands do without the server's packages
+    import uvloop  # noqa: PLC0415  the other commands do without the server's packages
 
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-
-    def ready(running: server.Server) -> None:
-        names = ", ".join(running.repository.names())
-        click.echo(f"trefoil {version('trefoil')} serves {names} at {running.config.address}")
-        click.echo(f"try: trefoil fizzbuzz 1 30 --server {running.config.address}")
-        sys.stdout.flush()
-
     try:
-        uvloop.run(server.serve(Config(**options), ready))
+        config = Config(**options)
+        if config.workers == 1:
+            from service.server import serve as run  # noqa: PLC0415
+        else:
+            from service.workers import serve as run  # noqa: PLC0415
+        uvloop.run(run(config, announce))
     except StartupError as error:
         raise Refusal(str(error)) from None
+
+
+def announce(config: Config, names: Iterable[str]) -> None:
+    """Say what is served where, once calls are accepted."""
+    click.echo(f"trefoil {version('trefoil')} serves {', '.join(names)} at {config.address}")
+    click.echo(f"try: trefoil fizzbuzz 1 30 --server {config.address}")
+    sys.stdout.flush()
 
 
 def calls(command: Callable[..., None]) -> Callable[..., None]:
@@ -214,3 +217,37 @@ def models(folder: Path) -> None:
             click.echo(f"{name:12} {figures}  data {card.data['source']} {card.data['sha256'][:8]}  commit {card.git_commit[:8]}")
     except StartupError as error:
         raise Refusal(str(error)) from None
+
+
+@main.command()
+@click.argument("model", default="fizzbuzz")
+@click.option("--rows", default=1, show_default=True, help="Rows of a request.")
+@click.option("--in-flight", default=32, show_default=True, help="Requests in flight, over at most 4 connections.")
+@click.option("--requests", default=6000, show_default=True, help="Requests a round.")
+@click.option("--rounds", default=5, show_default=True, help="Rounds that count; the figures are their medians.")
+@click.option("--models", "folder", type=Path, default=Path("models"), envvar="TREFOIL_MODELS", show_default=True)
+@click.option("--workers", default=1, show_default=True, help="Processes of the service.")
+def bench(model: str, rows: int, in_flight: int, requests: int, rounds: int, folder: Path, workers: int) -> None:
+    """Measure the service beside a bare gRPC server and the bare engine.
+
+    \b
+    trefoil bench fizzbuzz --rows 64
+    trefoil bench mnist --in-flight 1
+    """  # noqa: D301
+    try:
+        from service import bench as bench_  # noqa: PLC0415
+        from service.card import read_card  # noqa: PLC0415
+    except ImportError as error:
+        raise Refusal(f"benchmarks need more packages: pip install 'trefoil[serve,bench]' ({error})") from None
+    try:
+        card = read_card(folder / model)
+    except StartupError as error:
+        raise Refusal(str(error)) from None
+    load = bench_.Load(
+        request=bench_.build_request(card, rows), requests=requests, in_flight=in_flight, connections=min(4, in_flight)
+    )
+    serve_command = [sys.argv[0], "serve", "--port", "0", "--models", str(folder), "--workers", str(workers)]
+    servers = {"trefoil": serve_command, "echo": [sys.executable, "-m", "service.bench"]}
+    results = bench_.compare(servers, load, rounds)
+    results["session.run"] = bench_.session_run(folder / model, card, rows)
+    click.echo(bench_.table(results, rows))

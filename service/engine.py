@@ -3,9 +3,10 @@
 import ctypes
 import io
 import logging
+import math
 import time
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from service.errors import StartupError
 
 log = logging.getLogger(__name__)
 
+SMALLEST_BATCH, SLOWER = 32, 1.08  # where `measure` starts; a batch that takes so much longer a row is too large
 INLINE_SECONDS = 1e-3  # a batch that is quicker than this on the CPU is not worth a thread
 TOLERANCE = 1e-4  # how far an answer may be from the card's; devices and versions differ in the last digits
 
@@ -138,14 +140,30 @@ def load_engine(folder: Path, card: Card, config: Config) -> Engine:
     return engine
 
 
-def inline_rows(engine: Engine, rows: Rows) -> int:
-    """How many rows the engine runs within INLINE_SECONDS, as measured on `rows`; 0 on a GPU, whose time is spent waiting."""
-    if engine.device != "cpu":
-        return 0
+class Pace(NamedTuple):
+    """How fast an engine runs a model here."""
 
-    def seconds() -> float:
-        started = time.perf_counter()
-        engine.run(rows)
-        return time.perf_counter() - started
+    batch_rows: int  # the largest batch, of those tried, that is about as quick a row as any
+    inline_rows: int  # the largest batch that is not worth a thread; 0 on a GPU, whose time is spent waiting
 
-    return int(INLINE_SECONDS / min(seconds() for _ in range(5)) * len(rows))
+
+def measure(engine: Engine, example: Rows, most: int) -> Pace:
+    """Run `example`, (rows, *shape), at doubled batch sizes up to `most` rows, until a row takes longer than in a smaller batch."""
+    size, best, chosen = min(SMALLEST_BATCH, most), math.inf, 1
+    while True:
+        batch = np.resize(example, (size, *example.shape[1:]))
+        per_row = min(_seconds(engine, batch) for _ in range(3)) / size
+        if per_row > SLOWER * best:
+            break
+        best, chosen = min(best, per_row), size
+        if size == most:
+            break
+        size = min(2 * size, most)
+    return Pace(chosen, int(INLINE_SECONDS / best) if engine.device == "cpu" else 0)
+
+
+def _seconds(engine: Engine, batch: Rows) -> float:
+    """How long one run takes."""
+    started = time.perf_counter()
+    engine.run(batch)
+    return time.perf_counter() - started

@@ -8,7 +8,7 @@ from pathlib import Path
 from service.batcher import Batcher
 from service.card import Card, Rows, read_card
 from service.config import Config
-from service.engine import Engine, inline_rows, load_engine
+from service.engine import Engine, load_engine, measure
 from service.errors import InvalidInputError, ModelNotFoundError, ModelUnavailableError, StartupError
 
 log = logging.getLogger(__name__)
@@ -89,12 +89,13 @@ def load(folder: Path, config: Config) -> Model:
     if card.name != folder.name:
         raise StartupError(f"{folder / 'card.json'} is the card of {card.name!r}: name the folder so")
     engine = load_engine(folder, card, config)
+    pace = measure(engine, card.example_rows(), config.max_batch_rows)
     batcher = Batcher(
         engine.run,
-        max_batch_rows=config.max_batch_rows,
+        max_batch_rows=pace.batch_rows,
         max_queue_rows=config.max_queue_rows,
         queue_timeout=config.queue_timeout,
         max_delay=config.max_delay,
-        inline_rows=inline_rows(engine, card.example_rows()),
+        inline_rows=pace.inline_rows,
     )
     return Model(card=card, engine=engine, batcher=batcher, max_request_rows=config.max_request_rows)

@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -100,9 +100,10 @@ class Server:
         """
         interceptors = (BearerToken(config.token_file),) if config.token_file else ()
         self.repository = Repository(config)
-        options = {"grpc.so_reuseport": 0, "grpc.max_receive_message_length": config.max_message_bytes}
+        options = {"grpc.so_reuseport": int(config.workers > 1), "grpc.max_receive_message_length": config.max_message_bytes}
         self._server = grpc.aio.server(interceptors=interceptors, options=list(options.items()))
         self._health = Health()
+        self.stopping = asyncio.Event()
         inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(InferenceServicer(self.repository), self._server)
         digits_pb2_grpc.add_DigitsServicer_to_server(DigitsServicer(self.repository), self._server)
         diabetes_pb2_grpc.add_DiabetesServicer_to_server(DiabetesServicer(self.repository), self._server)
@@ -117,7 +118,19 @@ class Server:
         """Accept calls; health says which models are served."""
         await self._server.start()
         for name in ("", *self.repository.known):
-            await self._health.set(name, SERVING if name in ("", *self.repository.names()) else NOT_SERVING)
+            await self.set_health(name, serving=name in ("", *self.repository.names()))
+
+    async def set_health(self, name: str, *, serving: bool) -> None:
+        """What the health service says of a name."""
+        await self._health.set(name, SERVING if serving else NOT_SERVING)
+
+    async def run(self) -> None:
+        """Wait for SIGTERM, SIGINT or `stopping`, then stop."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self.stopping.set)
+        await self.stopping.wait()
+        log.info("shutting down: requests in flight have %g s to finish", self.config.grace)
+        await self.stop()
 
     async def stop(self) -> None:
         """Say NOT_SERVING, refuse new calls, let those in flight finish within the grace, then end."""
@@ -143,14 +156,9 @@ def bind(server: Any, config: Config) -> int:
         ) from error
 
 
-async def serve(config: Config, ready: Callable[[Server], None]) -> None:
-    """Serve until SIGTERM or SIGINT, then drain. `ready` is called once calls are accepted."""
+async def serve(config: Config, ready: Callable[[Config, Iterable[str]], None]) -> None:
+    """Serve until SIGTERM or SIGINT. Once calls are accepted, `ready` gets the settings with the port, and the models' names."""
     server = Server(config)
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
     await server.start()
-    ready(server)
-    await stop.wait()
-    log.info("shutting down: requests in flight have %g s to finish", config.grace)
-    await server.stop()
+    ready(server.config, server.repository.names())
+    await server.run()

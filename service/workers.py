@@ -1,0 +1,168 @@
+"""Several processes on one port: a small parent starts them, replaces what dies and drains all on SIGTERM.
+
+    parent  --stdin: "3 of 4" whenever that changes; its end means stop-->  worker
+    parent  <--stdout: the names of its models, once it accepts calls--     worker
+
+Each worker (`python -m service.workers CONFIG`) listens with SO_REUSEPORT and has engines of its own; the kernel spreads the
+connections.
+Health has the name `workers`: SERVING while all of them run.
+"""
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import sys
+import time
+from asyncio.subprocess import PIPE, Process
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import msgspec
+
+from service.config import Config
+from service.errors import StartupError
+
+log = logging.getLogger(__name__)
+
+BACKOFF = (0.1, 10.0)  # seconds before a dead worker is replaced: at first, and at most, doubled each time
+HEALTHY = 10.0  # seconds a worker has to live to start again at the first
+
+
+class Workers:
+    """The parent's view of its workers."""
+
+    def __init__(self, config: Config) -> None:
+        """Take the port, so that it is known and all workers can share it. Raises StartupError when it is taken."""
+        self._socket = reserve(config.host, config.port)
+        self.config = replace(config, port=self._socket.getsockname()[1])
+        self._running: dict[int, Process] = {}
+        self._stopping = asyncio.Event()
+
+    async def run(self, ready: Callable[[Config, Iterable[str]], None]) -> None:
+        """Keep all workers running until SIGTERM or SIGINT, then drain them. `ready` is called once all accept calls.
+
+        Raises StartupError when a worker does not start in the first place.
+        """
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self._stopping.set)
+        try:
+            first = await asyncio.gather(*(self._start(index) for index in range(self.config.workers)))
+            if not all(first):
+                raise StartupError("a worker did not start; its own message is above")
+            ready(self.config, first[0])
+            keepers = [asyncio.create_task(self._keep(index)) for index in range(self.config.workers)]
+            await self._stopping.wait()
+            log.info("shutting down %d workers", len(self._running))
+            self._terminate()
+            await asyncio.gather(*keepers)
+        finally:
+            self._terminate()
+            self._socket.close()
+
+    async def _start(self, index: int) -> list[str]:
+        """Start a worker; return the names of its models once it accepts calls, none when it does not come so far."""
+        command = [sys.executable, "-m", "service.workers", msgspec.json.encode(self.config, enc_hook=str).decode()]
+        process = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE, start_new_session=True)
+        self._running[index] = process
+        assert process.stdout is not None  # noqa: S101  for the type checker: it is a PIPE
+        names = (await process.stdout.readline()).decode().split()
+        if names:
+            self._tell()
+        return names
+
+    async def _keep(self, index: int) -> None:
+        """Replace one worker whenever it dies, until the end."""
+        backoff, since = BACKOFF[0], time.monotonic()
+        while True:
+            process = self._running[index]
+            status = await process.wait()
+            del self._running[index]
+            if self._stopping.is_set():
+                return
+            backoff = BACKOFF[0] if time.monotonic() - since > HEALTHY else min(2 * backoff, BACKOFF[1])
+            log.error("worker %d (process %d) ended with %d; the next one starts in %g s", index, process.pid, status, backoff)
+            self._tell()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), backoff)
+            if self._stopping.is_set():
+                return
+            since = time.monotonic()
+            await self._start(index)
+
+    def _tell(self) -> None:
+        """Let every worker know how many there are, for its health service."""
+        for process in self._running.values():
+            if process.stdin and not process.stdin.is_closing():
+                process.stdin.write(f"{len(self._running)} of {self.config.workers}\n".encode())
+
+    def _terminate(self) -> None:
+        """Ask every worker to drain and end."""
+        for process in self._running.values():
+            with contextlib.suppress(ProcessLookupError):
+                process.terminate()
+
+
+def reserve(host: str, port: int) -> socket.socket:
+    """A socket bound to the port, that does not listen. Raises StartupError when another program listens there."""
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    probe, held = socket.socket(family, kind, protocol), socket.socket(family, kind, protocol)
+    try:
+        with probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)  # refused when anyone listens, whether that one shares the port or not
+            address = probe.getsockname()
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        held.bind(address)
+    except OSError as error:
+        held.close()
+        reason = str(error.strerror).lower()
+        raise StartupError(f"cannot listen on {host}:{port}: {reason}; choose another with --port, or 0 for a free one") from error
+    return held
+
+
+async def serve(config: Config, ready: Callable[[Config, Iterable[str]], None]) -> None:
+    """Serve with several workers until SIGTERM or SIGINT; see Workers.run."""
+    await Workers(config).run(ready)
+
+
+async def work(config: Config) -> None:
+    """Be a worker: serve until SIGTERM or until the parent is gone; health follows what the parent tells."""
+    from service.server import Server  # noqa: PLC0415  the parent does without
+
+    told = asyncio.StreamReader()
+    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(told), sys.stdin)
+    server = Server(config)
+    await server.start()
+    print(*server.repository.names(), flush=True)
+
+    async def listen() -> None:
+        while line := await told.readline():
+            present, _, count = line.decode().split()
+            await server.set_health("workers", serving=present == count)
+        server.stopping.set()
+
+    async with asyncio.TaskGroup() as tasks:
+        listening = tasks.create_task(listen())
+        await server.run()
+        listening.cancel()
+
+
+def main() -> None:
+    """Read the settings from the command line and be a worker."""
+    import uvloop  # noqa: PLC0415  the parent does without
+
+    def decode(kind: type, value: Any) -> Any:
+        return kind(value)  # a Path; JSON has none
+
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s %(process)d: %(message)s", stream=sys.stderr)
+    try:
+        uvloop.run(work(msgspec.json.decode(sys.argv[1], type=Config, dec_hook=decode)))
+    except StartupError as error:
+        sys.exit(f"trefoil: {error}")
+
+
+if __name__ == "__main__":
+    main()
