@@ -16,7 +16,7 @@ from service.errors import StartupError
 
 log = logging.getLogger(__name__)
 
-SMALLEST_BATCH, SLOWER = 32, 1.08  # where `measure` starts; a batch that takes so much longer a row is too large
+SMALLEST_BATCH, SLOWER = 32, 1.25  # where `measure` starts; a batch that takes so much longer a row is too large
 INLINE_SECONDS = 1e-3  # a batch that is quicker than this on the CPU is not worth a thread
 TOLERANCE = 1e-4  # how far an answer may be from the card's; devices and versions differ in the last digits
 

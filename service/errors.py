@@ -121,10 +121,14 @@ def status(error: ServiceError) -> Status:
     return Status(code=error.code.value[0], message=str(error), details=packed)
 
 
-async def abort(context: Any, error: Exception) -> NoReturn:
-    """End a call with the status of `error`."""
-    if not isinstance(error, ServiceError):
-        error = InternalError(error)
+def known(error: Exception) -> ServiceError:
+    """The error as one that a client is told about; an unforeseen one is logged and becomes opaque."""
+    return error if isinstance(error, ServiceError) else InternalError(error)
+
+
+async def abort(context: Any, cause: Exception) -> NoReturn:
+    """End a call with the status of an error."""
+    error = known(cause)
     metadata = (("grpc-status-details-bin", status(error).SerializeToString()),) if error.details() else ()
     await context.abort(error.code, str(error), trailing_metadata=metadata)
     raise AssertionError("abort returned")  # context.abort raises

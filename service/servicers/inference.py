@@ -1,5 +1,7 @@
 """inference.GRPCInferenceService: the Open Inference Protocol, for every model."""
 
+import asyncio
+from collections.abc import AsyncIterator
 from importlib.metadata import version
 from typing import Any
 
@@ -11,6 +13,7 @@ from proto.inference_pb2 import (
     ModelMetadataResponse,
     ModelReadyRequest,
     ModelReadyResponse,
+    ModelStreamInferResponse,
     ServerLiveRequest,
     ServerLiveResponse,
     ServerMetadataRequest,
@@ -19,9 +22,11 @@ from proto.inference_pb2 import (
     ServerReadyResponse,
 )
 from service.card import Tensor
-from service.errors import ModelUnavailableError, answers
+from service.errors import ModelUnavailableError, answers, known, streams
 from service.repository import Repository
 from service.tensors import WHERE, decode, encode
+
+STREAM_WINDOW = 64  # requests of one stream that are answered at a time; more are not read
 
 
 class InferenceServicer(inference_pb2_grpc.GRPCInferenceServiceServicer):
@@ -70,6 +75,38 @@ class InferenceServicer(inference_pb2_grpc.GRPCInferenceServiceServicer):
     @answers
     async def ModelInfer(self, request: ModelInferRequest, _context: Any) -> ModelInferResponse:  # noqa: N802
         """One batch in, one batch out."""
+        return await self._infer(request)
+
+    @streams
+    async def ModelStreamInfer(  # noqa: N802
+        self, requests: AsyncIterator[ModelInferRequest], _context: Any
+    ) -> AsyncIterator[ModelStreamInferResponse]:
+        """Answer a stream in order, up to STREAM_WINDOW requests at a time; errors go in band."""
+        async with asyncio.TaskGroup() as tasks:
+            started: asyncio.Queue[asyncio.Task[ModelStreamInferResponse] | None] = asyncio.Queue(STREAM_WINDOW)
+
+            async def start() -> None:
+                async for request in requests:
+                    await started.put(tasks.create_task(self._infer_in_band(request)))
+                await started.put(None)
+
+            reading = tasks.create_task(start())
+            try:
+                while task := await started.get():
+                    yield await task
+            finally:
+                reading.cancel()
+
+    async def _infer_in_band(self, request: ModelInferRequest) -> ModelStreamInferResponse:
+        """Answer one request of a stream; never raises but when cancelled."""
+        try:
+            return ModelStreamInferResponse(infer_response=await self._infer(request))
+        except Exception as error:  # noqa: BLE001  whatever it is, it ends this request and not the stream
+            message = str(known(error))
+            return ModelStreamInferResponse(error_message=message, infer_response=ModelInferResponse(id=request.id))
+
+    async def _infer(self, request: ModelInferRequest) -> ModelInferResponse:
+        """Decode, infer, encode."""
         model = self._repository.get(request.model_name, request.model_version)
         rows = await model.infer(decode(request, model.card), WHERE)
         return encode(rows, request, model.card)
