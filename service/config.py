@@ -27,7 +27,7 @@ class Config:
     workers: int = option(1, "Processes that share the port.", least=1, most=1024)
     threads: int = option(1, "Threads that the engine uses for one batch on the CPU.", least=1, most=1024)
     max_request_rows: int = option(4096, "Most rows of one request.", least=1, most=INT)
-    max_batch_rows: int = option(1024, "Most rows of a batch; fewer where that is quicker.", least=1, most=INT)
+    max_batch_rows: int = option(1024, "Most rows of a batch; fewer for a model that is slow.", least=1, most=INT)
     max_queue_rows: int = option(16384, "Most rows of one model that may wait.", least=1, most=INT)
     max_delay: float = option(0.0, "Seconds that an idle engine waits for more rows to join a batch.", least=0)
     queue_timeout: float = option(10.0, "Seconds that a request may wait before it is refused.", least=0.001)

@@ -3,7 +3,6 @@
 import ctypes
 import io
 import logging
-import math
 import time
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -16,7 +15,8 @@ from service.errors import StartupError
 
 log = logging.getLogger(__name__)
 
-SMALLEST_BATCH, SLOWER = 32, 1.25  # where `measure` starts; a batch that takes so much longer a row is too large
+SMALLEST_BATCH = 32  # rows, where `measure` starts
+BATCH_SECONDS = 2e-3  # to start a batch takes about a twentieth of this
 INLINE_SECONDS = 1e-3  # a batch that is quicker than this on the CPU is not worth a thread
 TOLERANCE = 1e-4  # how far an answer may be from the card's; devices and versions differ in the last digits
 
@@ -143,23 +143,19 @@ def load_engine(folder: Path, card: Card, config: Config) -> Engine:
 class Pace(NamedTuple):
     """How fast an engine runs a model here."""
 
-    batch_rows: int  # the largest batch, of those tried, that is about as quick a row as any
+    batch_rows: int  # a batch so large that what it costs to start it does not count; larger ones only take memory
     inline_rows: int  # the largest batch that is not worth a thread; 0 on a GPU, whose time is spent waiting
 
 
 def measure(engine: Engine, example: Rows, most: int) -> Pace:
-    """Run `example`, (rows, *shape), at doubled batch sizes up to `most` rows, until a row takes longer than in a smaller batch."""
-    size, best, chosen = min(SMALLEST_BATCH, most), math.inf, 1
+    """Run `example`, (rows, *shape), at doubled batch sizes up to `most` rows, until a batch takes BATCH_SECONDS."""
+    size = min(SMALLEST_BATCH, most)
     while True:
         batch = np.resize(example, (size, *example.shape[1:]))
-        per_row = min(_seconds(engine, batch) for _ in range(3)) / size
-        if per_row > SLOWER * best:
-            break
-        best, chosen = min(best, per_row), size
-        if size == most:
-            break
+        seconds = min(_seconds(engine, batch) for _ in range(3))
+        if seconds >= BATCH_SECONDS or size == most:
+            return Pace(size, int(INLINE_SECONDS / seconds * size) if engine.device == "cpu" else 0)
         size = min(2 * size, most)
-    return Pace(chosen, int(INLINE_SECONDS / best) if engine.device == "cpu" else 0)
 
 
 def _seconds(engine: Engine, batch: Rows) -> float:
