@@ -15,6 +15,7 @@ import numpy as np
 from service.card import Rows
 from service.errors import InternalError, QueueFullError, QueueTimeoutError, ShuttingDownError
 
+COMPANY = 32  # requests that share the cost of a start well enough; more at once only crowd the cache
 PATIENCE = 24  # ticks of the loop without a new request before a short batch starts: gRPC hands over a call every few ticks
 
 
@@ -146,7 +147,7 @@ class Batcher:
         delay = self._queue[0].arrived + self._max_delay - loop.time() if self._max_delay and self._queue else 0
         if self._waiting_rows >= self._max_batch_rows:
             self._start()
-        elif self._waiting_rows <= self._inline_rows and self._patience > 0:
+        elif len(self._queue) < COMPANY and self._waiting_rows <= self._inline_rows and self._patience > 0:
             self._next = loop.call_soon(self._tick)
         elif delay > 0:
             self._next = loop.call_later(delay, self._start)

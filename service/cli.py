@@ -247,7 +247,7 @@ def bench(model: str, rows: int, in_flight: int, requests: int, rounds: int, fol
         request=bench_.build_request(card, rows), requests=requests, in_flight=in_flight, connections=min(4, in_flight)
     )
     serve_command = [sys.argv[0], "serve", "--port", "0", "--models", str(folder), "--workers", str(workers)]
-    servers = {"trefoil": serve_command, "echo": [sys.executable, "-m", "service.bench"]}
+    servers = {"trefoil": serve_command, "echo": [sys.executable, "-P", "-m", "service.bench"]}
     results = bench_.compare(servers, load, rounds)
     results["session.run"] = bench_.session_run(folder / model, card, rows)
     click.echo(bench_.table(results, rows))

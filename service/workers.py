@@ -2,6 +2,7 @@
 
     parent  --stdin: "3 of 4" whenever that changes; its end means stop-->  worker
     parent  <--stdout: the names of its models, once it accepts calls--     worker
+            <--stdout: "! " and why it cannot start--
 
 Each worker (`python -m service.workers CONFIG`) listens with SO_REUSEPORT and has engines of its own; the kernel spreads the
 connections.
@@ -50,8 +51,6 @@ class Workers:
             asyncio.get_running_loop().add_signal_handler(number, self._stopping.set)
         try:
             first = await asyncio.gather(*(self._start(index) for index in range(self.config.workers)))
-            if not all(first):
-                raise StartupError("a worker did not start; its own message is above")
             ready(self.config, first[0])
             keepers = [asyncio.create_task(self._keep(index)) for index in range(self.config.workers)]
             await self._stopping.wait()
@@ -63,15 +62,16 @@ class Workers:
             self._socket.close()
 
     async def _start(self, index: int) -> list[str]:
-        """Start a worker; return the names of its models once it accepts calls, none when it does not come so far."""
-        command = [sys.executable, "-m", "service.workers", msgspec.json.encode(self.config, enc_hook=str).decode()]
+        """Start a worker; return the names of its models once it accepts calls. Raises StartupError when it does not come so far."""
+        command = [sys.executable, "-P", "-m", "service.workers", msgspec.json.encode(self.config, enc_hook=str).decode()]
         process = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE, start_new_session=True)
         self._running[index] = process
         assert process.stdout is not None  # noqa: S101  for the type checker: it is a PIPE
-        names = (await process.stdout.readline()).decode().split()
-        if names:
-            self._tell()
-        return names
+        line = (await process.stdout.readline()).decode().strip()
+        if not line or line.startswith("! "):
+            raise StartupError(line[2:] or "a worker did not start; its own message is above")
+        self._tell()
+        return line.split()
 
     async def _keep(self, index: int) -> None:
         """Replace one worker whenever it dies, until the end."""
@@ -90,7 +90,10 @@ class Workers:
             if self._stopping.is_set():
                 return
             since = time.monotonic()
-            await self._start(index)
+            try:
+                await self._start(index)
+            except StartupError as error:
+                log.error("worker %d: %s", index, error)  # noqa: TRY400  a sentence, not a traceback
 
     def _tell(self) -> None:
         """Let every worker know how many there are, for its health service."""
@@ -161,7 +164,8 @@ def main() -> None:
     try:
         uvloop.run(work(msgspec.json.decode(sys.argv[1], type=Config, dec_hook=decode)))
     except StartupError as error:
-        sys.exit(f"trefoil: {error}")
+        print("!", error, flush=True)
+        sys.exit(1)
 
 
 if __name__ == "__main__":
