@@ -62,7 +62,7 @@ class Workers:
             self._socket.close()
 
     async def _start(self, index: int) -> list[str]:
-        """Start a worker; return the names of its models once it accepts calls. Raises StartupError when it does not come so far."""
+        """Start a worker; return the names of its models once it accepts calls. Raises StartupError when it does not."""
         command = [sys.executable, "-P", "-m", "service.workers", msgspec.json.encode(self.config, enc_hook=str).decode()]
         process = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE, start_new_session=True)
         self._running[index] = process
@@ -164,7 +164,7 @@ def main() -> None:
     try:
         uvloop.run(work(msgspec.json.decode(sys.argv[1], type=Config, dec_hook=decode)))
     except StartupError as error:
-        print("!", error, flush=True)
+        print("!", str(error).replace("\n", " "), flush=True)
         sys.exit(1)
 
 

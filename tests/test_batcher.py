@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.batcher import Batcher
+from service.batcher import PATIENCE, Batcher
 from service.card import Rows
 from service.errors import InternalError, QueueFullError, QueueTimeoutError, ShuttingDownError
 
@@ -19,19 +19,23 @@ pytestmark = pytest.mark.timeout(60)  # a request that nobody answers shows as a
 
 POISON = -1  # the engine fails on a batch that holds it
 LIMITS = {"max_batch_rows": 4, "max_queue_rows": 12, "queue_timeout": 60.0}
+both = pytest.mark.parametrize("inline_rows", [0, 3])  # every batch in the thread, or only the full ones
 
 
 class FakeEngine:
     """Answers a row with three times its value. A batch begins when the test lets it: see `held` and `release`."""
 
-    def __init__(self) -> None:
+    def __init__(self, inline_rows: int = 0) -> None:
         self.batches: list[list[int]] = []  # every batch that was begun
+        self.inline: list[bool] = []  # whether it ran on the event loop
+        self.held = [0] * (inline_rows + 1)  # rows for `hold`, so many that they go to the thread
         self._open, self._begun = threading.Event(), threading.Event()
         self._open.set()
 
     def run(self, rows: Rows) -> Rows:
         """(n,) -> (n,)."""
         self.batches.append(rows.tolist())
+        self.inline.append(threading.current_thread() is threading.main_thread())
         self._begun.set()
         if not self._open.wait(30):
             raise TimeoutError("the test never released the engine")
@@ -40,10 +44,10 @@ class FakeEngine:
         return rows * 3
 
     async def hold(self, batcher: Batcher) -> asyncio.Task[Rows]:
-        """Keep the engine busy with one row, 0, until `release`."""
+        """Keep the engine busy in its thread with `held` until `release`."""
         self._open.clear()
         self._begun.clear()
-        [task] = await submit(batcher, [0])
+        [task] = await submit(batcher, self.held)
         await asyncio.to_thread(self._begun.wait)
         return task
 
@@ -58,8 +62,8 @@ class FakeEngine:
 
 
 async def ticks() -> None:
-    """Let everything that is ready run, callbacks of callbacks too; no time passes."""
-    for _ in range(5):
+    """Let everything that is ready run, callbacks of callbacks too, and no short batch yet; no time passes."""
+    for _ in range(5):  # fewer than PATIENCE
         await asyncio.sleep(0)
 
 
@@ -90,7 +94,7 @@ def play(scenario: Scenario, **limits: float) -> FakeEngine:
     """Run a scenario with a new batcher and engine in a new event loop, and close them."""
 
     async def main() -> FakeEngine:
-        engine = FakeEngine()
+        engine = FakeEngine(int(limits.get("inline_rows", 0)))
         batcher = Batcher(engine.run, **{**LIMITS, **limits})  # type: ignore[arg-type]
         try:
             await scenario(batcher, engine)
@@ -109,6 +113,7 @@ def nothing_lost(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     assert [record.getMessage() for record in caplog.records if record.name == "asyncio"] == []
 
 
+@both
 @pytest.mark.parametrize(
     ("requests", "batches"),
     [
@@ -120,30 +125,34 @@ def nothing_lost(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
         ([[1, 2, 3, 4, 5, 6], [7, 8], [9]], [[1, 2, 3, 4], [5, 6, 7, 8], [9]]),
     ],
 )
-def test_batches(requests: list[list[int]], batches: list[list[int]]) -> None:
+def test_batches(requests: list[list[int]], batches: list[list[int]], inline_rows: int) -> None:
     """What gathers while the engine is busy is merged, whole requests together when they fit, larger ones split."""
 
     async def scenario(batcher: Batcher, engine: FakeEngine) -> None:
         running = await engine.hold(batcher)
         waiting = await submit(batcher, *requests)
-        assert engine.batches == [[0]]
+        assert engine.batches == [engine.held]
         engine.release()
-        assert await outcomes([running, *waiting]) == [[0], *([3 * row for row in rows] for rows in requests)]
+        assert await outcomes([running, *waiting]) == [engine.held, *([3 * row for row in rows] for rows in requests)]
 
-    assert play(scenario).batches == [[0], *batches]
+    engine = play(scenario, inline_rows=inline_rows)
+    assert engine.batches == [engine.held, *batches]
+    assert engine.inline == [len(batch) <= inline_rows for batch in engine.batches]
 
 
-def test_idle_engine_starts_at_once() -> None:
+@both
+def test_idle_engine_starts_at_once(inline_rows: int) -> None:
     """A lone request to an idle engine is answered while the clock stands still."""
 
     async def scenario(batcher: Batcher, _engine: FakeEngine) -> None:
         turn_clock(0)
         assert await outcomes(await submit(batcher, [1])) == [[3]]
 
-    play(scenario)
+    play(scenario, inline_rows=inline_rows)
 
 
-def test_max_delay_gathers() -> None:
+@both
+def test_max_delay_gathers(inline_rows: int) -> None:
     """With max_delay an idle engine waits for company: until a batch is full, or the oldest has waited that long."""
 
     async def scenario(batcher: Batcher, engine: FakeEngine) -> None:
@@ -159,10 +168,11 @@ def test_max_delay_gathers() -> None:
         turn_clock(1)
         await outcomes(late)
 
-    assert play(scenario, max_delay=30).batches == [[1, 2, 3, 4], [5, 6]]
+    assert play(scenario, max_delay=30, inline_rows=inline_rows).batches == [[1, 2, 3, 4], [5, 6]]
 
 
-def test_full_queue_refuses_at_once() -> None:
+@both
+def test_full_queue_refuses_at_once(inline_rows: int) -> None:
     """A request that the queue has no room for is refused at once, and is welcome when a cancelled or expired one has left."""
 
     async def scenario(batcher: Batcher, engine: FakeEngine) -> None:
@@ -181,12 +191,13 @@ def test_full_queue_refuses_at_once() -> None:
         assert await outcomes([*waiting, late]) == [asyncio.CancelledError, QueueTimeoutError, QueueTimeoutError]
         last = await submit(batcher, list(range(20, 32)))
         engine.release()
-        assert await outcomes([running, *last]) == [[0], [3 * row for row in range(20, 32)]]
+        assert await outcomes([running, *last]) == [engine.held, [3 * row for row in range(20, 32)]]
 
-    assert play(scenario).executed == {0, *range(20, 32)}
+    assert play(scenario, inline_rows=inline_rows).executed == {0, *range(20, 32)}
 
 
-def test_queue_timeout_ends_what_waits() -> None:
+@both
+def test_queue_timeout_ends_what_waits(inline_rows: int) -> None:
     """A request that has waited too long ends while the engine is still busy, and never runs; younger ones stay."""
 
     async def scenario(batcher: Batcher, engine: FakeEngine) -> None:
@@ -199,12 +210,13 @@ def test_queue_timeout_ends_what_waits() -> None:
         assert await outcomes(old) == [QueueTimeoutError, QueueTimeoutError]
         assert not running.done()
         engine.release()
-        assert await outcomes([running, *young]) == [[0], [21]]
+        assert await outcomes([running, *young]) == [engine.held, [21]]
 
-    assert play(scenario).executed == {0, 7}
+    assert play(scenario, inline_rows=inline_rows).executed == {0, 7}
 
 
-def test_cancelled_requests_never_run() -> None:
+@both
+def test_cancelled_requests_never_run(inline_rows: int) -> None:
     """A cancelled request, split or whole, is never run, and its neighbours are."""
 
     async def scenario(batcher: Batcher, engine: FakeEngine) -> None:
@@ -213,12 +225,14 @@ def test_cancelled_requests_never_run() -> None:
         for task in (tasks[1], tasks[2]):
             task.cancel()
         engine.release()
-        assert await outcomes([running, *tasks]) == [[0], [3], asyncio.CancelledError, asyncio.CancelledError, [24, 27]]
+        assert await outcomes(tasks) == [[3], asyncio.CancelledError, asyncio.CancelledError, [24, 27]]
+        await running
 
-    assert play(scenario).batches == [[0], [1, 8, 9]]
+    assert play(scenario, inline_rows=inline_rows).batches[1:] == [[1, 8, 9]]
 
 
-def test_cancelled_as_it_expires() -> None:
+@both
+def test_cancelled_as_it_expires(inline_rows: int) -> None:
     """A caller that leaves in the very tick in which its request expires disturbs nobody else's timeout."""
 
     async def scenario(batcher: Batcher, engine: FakeEngine) -> None:
@@ -230,15 +244,16 @@ def test_cancelled_as_it_expires() -> None:
         await ticks()
         assert tasks[1].done()
         engine.release()
-        assert await outcomes([running, *tasks]) == [[0], asyncio.CancelledError, QueueTimeoutError]
+        assert await outcomes([running, *tasks]) == [engine.held, asyncio.CancelledError, QueueTimeoutError]
 
-    assert play(scenario).executed == {0}
+    assert play(scenario, inline_rows=inline_rows).executed == {0}
 
 
-def test_cancelled_as_the_engine_frees() -> None:
+@both
+def test_cancelled_as_the_engine_frees(inline_rows: int) -> None:
     """A caller that leaves in the very tick in which the next batch is put together is not in it."""
 
-    async def scenario(batcher: Batcher, _engine: FakeEngine) -> None:
+    async def scenario(batcher: Batcher, engine: FakeEngine) -> None:
         loop = asyncio.get_running_loop()
         begun: list[tuple[list[int], asyncio.Future[Rows]]] = []
 
@@ -247,46 +262,52 @@ def test_cancelled_as_the_engine_frees() -> None:
             return begun[-1][1]
 
         loop.run_in_executor = run_by_hand  # type: ignore[assignment, method-assign]
-        tasks = await submit(batcher, [0])
+        tasks = await submit(batcher, engine.held)
         tasks += await submit(batcher, [1], [2])
         loop.call_soon(tasks[1].cancel)
-        begun[0][1].set_result(np.zeros(1))
+        begun[0][1].set_result(np.array(engine.held))
         await ticks()
-        assert [rows for rows, _ in begun] == [[0], [2]]
-        begun[1][1].set_result(np.ones(1))
-        assert await outcomes(tasks) == [[0], asyncio.CancelledError, [1]]
+        assert [rows for rows, _ in begun] + engine.batches == [engine.held, [2]]
+        for _, future in begun[1:]:  # none when it ran inline
+            future.set_result(np.array([6]))
+        assert await outcomes(tasks) == [engine.held, asyncio.CancelledError, [6]]
 
-    play(scenario)
+    play(scenario, inline_rows=inline_rows)
 
 
-def test_failure_stays_in_its_batch(caplog: pytest.LogCaptureFixture) -> None:
+@both
+def test_failure_stays_in_its_batch(caplog: pytest.LogCaptureFixture, inline_rows: int) -> None:
     """An engine failure fails exactly the requests of that batch, with one record in the log, and the next batch works."""
 
     async def scenario(batcher: Batcher, engine: FakeEngine) -> None:
         running = await engine.hold(batcher)
         tasks = await submit(batcher, [1, 2], [POISON], [3, 4], [5])
         engine.release()
-        assert await outcomes([running, *tasks]) == [[0], InternalError, InternalError, [9, 12], [15]]
+        assert await outcomes([running, *tasks]) == [engine.held, InternalError, InternalError, [9, 12], [15]]
         errors = {str(task.exception()) for task in tasks[:2]}
         [record] = [record for record in caplog.records if record.levelno == logging.ERROR]
         assert [record.getMessage() in error for error in errors] == [True]
 
-    assert play(scenario).batches == [[0], [1, 2, POISON], [3, 4, 5]]
+    engine = play(scenario, inline_rows=inline_rows)
+    assert engine.batches == [engine.held, [1, 2, POISON], [3, 4, 5]]
+    assert engine.inline == [False, inline_rows > 0, inline_rows > 0]
 
 
 @pytest.mark.parametrize("answer", [lambda rows: rows[:-1], lambda rows: np.concatenate([rows, rows]), lambda _: None])
-def test_wrong_answers_are_failures(answer: Callable[[Rows], Rows]) -> None:
+@both
+def test_wrong_answers_are_failures(answer: Callable[[Rows], Rows], inline_rows: int) -> None:
     """An engine that answers with more rows, fewer, or none at all has failed."""
 
     async def main() -> None:
-        batcher = Batcher(answer, **LIMITS)  # type: ignore[arg-type]
+        batcher = Batcher(answer, **LIMITS, inline_rows=inline_rows)  # type: ignore[arg-type]
         assert await outcomes(await submit(batcher, [1, 2])) == [InternalError]
         await batcher.close()
 
     asyncio.run(main())
 
 
-def test_close_ends_waiters() -> None:
+@both
+def test_close_ends_waiters(inline_rows: int) -> None:
     """Closing ends those that wait and all that come later, and lets the running batch finish."""
 
     async def scenario(batcher: Batcher, engine: FakeEngine) -> None:
@@ -298,17 +319,89 @@ def test_close_ends_waiters() -> None:
         assert not closing.done()
         engine.release()
         await closing
-        assert await outcomes([running]) == [[0]]
+        assert await outcomes([running]) == [engine.held]
 
-    assert play(scenario).executed == {0}
+    assert play(scenario, inline_rows=inline_rows).executed == {0}
+
+
+def test_inline_batches_merge_what_comes_together() -> None:
+    """A short batch waits, while the clock stands still, for what comes in the next ticks; it runs on the loop when none does."""
+
+    async def scenario(batcher: Batcher, engine: FakeEngine) -> None:
+        turn_clock(0)
+        tasks = await submit(batcher, [1])
+        tasks += await submit(batcher, [2], [3])
+        assert engine.batches == []
+        for _ in range(PATIENCE):
+            await asyncio.sleep(0)
+        assert all(task.done() for task in tasks)
+        assert await outcomes(tasks) == [[3], [6], [9]]
+
+    engine = play(scenario, inline_rows=3)
+    assert (engine.batches, engine.inline) == ([[1, 2, 3]], [True])
+
+
+def test_larger_batches_go_to_the_thread() -> None:
+    """A batch of more than inline_rows rows, one request or several, starts in the thread without waiting for company."""
+
+    async def scenario(batcher: Batcher, _engine: FakeEngine) -> None:
+        await outcomes(await submit(batcher, [1, 2, 3]))
+        await outcomes(await submit(batcher, [4], [5, 6]))
+        await outcomes(await submit(batcher, [7, 8]))
+
+    engine = play(scenario, inline_rows=2)
+    assert (engine.batches, engine.inline) == ([[1, 2, 3], [4, 5, 6], [7, 8]], [False, False, True])
+
+
+@pytest.mark.parametrize("end", ["cancel", "expire", "close"])
+def test_what_leaves_before_its_inline_batch_never_runs(end: str) -> None:
+    """A request that is cancelled, expires or is refused by a closing batcher before its ticks are over never runs inline."""
+
+    async def scenario(batcher: Batcher, _engine: FakeEngine) -> None:
+        turn_clock(0)
+        tasks = await submit(batcher, [1], [2])
+        if end == "cancel":
+            tasks[0].cancel()
+        elif end == "expire":
+            turn_clock(LIMITS["queue_timeout"])
+        else:
+            await batcher.close()
+        ended = {"cancel": asyncio.CancelledError, "expire": QueueTimeoutError, "close": ShuttingDownError}[end]
+        assert await outcomes(tasks) == [ended, [6] if end == "cancel" else ended]
+        for _ in range(PATIENCE):
+            await asyncio.sleep(0)
+
+    assert play(scenario, inline_rows=3).batches == ([[2]] if end == "cancel" else [])
+
+
+@both
+def test_models_never_wait_for_each_other(inline_rows: int) -> None:
+    """While one model's engine is busy in its thread, another model answers short and long requests, the clock standing still."""
+
+    async def scenario(batcher: Batcher, engine: FakeEngine) -> None:
+        turn_clock(0)
+        running = await engine.hold(batcher)
+        waiting = await submit(batcher, [1])
+        quick = FakeEngine()
+        other = Batcher(quick.run, **LIMITS, inline_rows=inline_rows)  # type: ignore[arg-type]
+        for rows in ([5], [6, 7, 8, 9]):
+            assert await outcomes(await submit(other, rows)) == [[3 * row for row in rows]]
+        assert quick.inline == [inline_rows > 0, False]
+        assert not running.done()
+        assert not waiting[0].done()
+        await other.close()
+        engine.release()
+        assert await outcomes([running, *waiting]) == [engine.held, [3]]
+
+    play(scenario, inline_rows=inline_rows)
 
 
 REQUEST = st.tuples(st.integers(1, 9), st.sampled_from(["keep", "keep", "keep", "cancel", "poison"]))
 
 
 @settings(deadline=None, max_examples=100)
-@given(rounds=st.lists(st.lists(REQUEST, max_size=12), max_size=3), max_batch_rows=st.integers(1, 8))
-def test_every_row_goes_back_to_its_caller(rounds: list[list[tuple[int, str]]], max_batch_rows: int) -> None:
+@given(rounds=st.lists(st.lists(REQUEST, max_size=12), max_size=3), max_batch_rows=st.integers(1, 8), inline=st.integers(0, 7))
+def test_every_row_goes_back_to_its_caller(rounds: list[list[tuple[int, str]]], max_batch_rows: int, inline: int) -> None:
     """Whatever others send, cancel or break, a caller gets what its rows get alone, and what is cancelled never runs."""
     cancelled: set[int] = set()
 
@@ -331,6 +424,8 @@ def test_every_row_goes_back_to_its_caller(rounds: list[list[tuple[int, str]]], 
                 alone = InternalError if failed.intersection(some) else [3 * row for row in some]
                 assert result == (asyncio.CancelledError if fate == "cancel" else alone)
 
-    engine = play(scenario, max_batch_rows=max_batch_rows, max_queue_rows=1000)
+    inline_rows = min(inline, max_batch_rows - 1)  # the batch that holds the engine goes to the thread
+    engine = play(scenario, max_batch_rows=max_batch_rows, max_queue_rows=1000, inline_rows=inline_rows)
+    assert engine.inline == [len(batch) <= inline_rows for batch in engine.batches]
     assert not cancelled & engine.executed
     assert max(map(len, engine.batches), default=0) <= max_batch_rows
