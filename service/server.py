@@ -5,7 +5,6 @@ import hmac
 import logging
 import os
 import signal
-import socket
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from proto import POOL, diabetes_pb2_grpc, digits_pb2_grpc, fizzbuzz_pb2_grpc, inference_pb2_grpc
+from service import port
 from service.config import Config
 from service.errors import StartupError, UnauthenticatedError, abort
 from service.repository import Repository
@@ -27,9 +27,8 @@ from service.servicers.inference import InferenceServicer
 log = logging.getLogger(__name__)
 
 # gRPC reads these when the first server is made. A Python server needs a fifth less CPU time a call without the listener's own
-# threads (benchmarks/README.md); and what goes wrong is said by us.
+# threads (benchmarks/README.md).
 os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_listener")
-os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 SERVICES = (
@@ -141,19 +140,12 @@ class Server:
 
 def bind(server: Any, config: Config) -> int:
     """Bind the port, 0 for a free one; return it. Raises StartupError when that is not possible."""
+    if config.workers == 1:  # else the parent holds it
+        port.check(config)  # gRPC's own error names no cause, and goes to stderr
     try:
         return int(server.add_insecure_port(config.address))
     except RuntimeError as error:
-        reason = "is not an address of this machine, or is taken"
-        try:
-            family, kind, protocol, _, target = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
-            with socket.socket(family, kind, protocol) as probe:
-                probe.bind(target)
-        except OSError as problem:
-            reason = str(problem.strerror).lower()
-        raise StartupError(
-            f"cannot listen on {config.address}: {reason}; choose another with --port, or 0 for a free one"
-        ) from error
+        raise StartupError(f"cannot listen on {config.address}: {error}") from error
 
 
 async def serve(config: Config, ready: Callable[[Config, Iterable[str]], None]) -> None:

@@ -13,7 +13,6 @@ import asyncio
 import contextlib
 import logging
 import signal
-import socket
 import sys
 import time
 from asyncio.subprocess import PIPE, Process
@@ -25,6 +24,7 @@ import msgspec
 
 from service.config import Config
 from service.errors import StartupError
+from service.port import hold
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class Workers:
 
     def __init__(self, config: Config) -> None:
         """Take the port, so that it is known and all workers can share it. Raises StartupError when it is taken."""
-        self._socket = reserve(config.host, config.port)
+        self._socket = hold(config)
         self.config = replace(config, port=self._socket.getsockname()[1])
         self._running: dict[int, Process] = {}
         self._stopping = asyncio.Event()
@@ -106,24 +106,6 @@ class Workers:
         for process in self._running.values():
             with contextlib.suppress(ProcessLookupError):
                 process.terminate()
-
-
-def reserve(host: str, port: int) -> socket.socket:
-    """A socket bound to the port, that does not listen. Raises StartupError when another program listens there."""
-    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    probe, held = socket.socket(family, kind, protocol), socket.socket(family, kind, protocol)
-    try:
-        with probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)  # refused when anyone listens, whether that one shares the port or not
-            address = probe.getsockname()
-        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        held.bind(address)
-    except OSError as error:
-        held.close()
-        reason = str(error.strerror).lower()
-        raise StartupError(f"cannot listen on {host}:{port}: {reason}; choose another with --port, or 0 for a free one") from error
-    return held
 
 
 async def serve(config: Config, ready: Callable[[Config, Iterable[str]], None]) -> None:
