@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 # threads (benchmarks/README.md).
 os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_listener")
 
+SETTLE = 0.1  # seconds before the end; gRPC would answer calls that have come and are not accepted yet with CANCELLED
+
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 SERVICES = (
     "inference.GRPCInferenceService",
@@ -134,6 +136,7 @@ class Server:
     async def stop(self) -> None:
         """Say NOT_SERVING, refuse new calls, let those in flight finish within the grace, then end."""
         await self._health.end()
+        await asyncio.sleep(SETTLE)
         await self._server.stop(self.config.grace)
         await self.repository.close()
 

@@ -35,6 +35,7 @@ from service.batcher import Batcher
 from service.card import Card, Rows, read_card
 from service.client import Client
 from service.config import Config
+from service.engine import Pace
 from service.server import Server
 from service.tensors import CONTENTS
 from tests.conftest import BIN, run, serving
@@ -244,6 +245,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> HeldEngine:
     """The engine of every model of a server that is started in this process."""
     held = HeldEngine()
     monkeypatch.setattr("service.repository.load_engine", lambda *_: held)
+    monkeypatch.setattr("service.repository.measure", lambda *_: Pace(batch_rows=4, inline_rows=0))
     return held
 
 

@@ -82,20 +82,23 @@ class InferenceServicer(inference_pb2_grpc.GRPCInferenceServiceServicer):
         self, requests: AsyncIterator[ModelInferRequest], _context: Any
     ) -> AsyncIterator[ModelStreamInferResponse]:
         """Answer a stream in order, up to STREAM_WINDOW requests at a time; errors go in band."""
-        async with asyncio.TaskGroup() as tasks:
-            started: asyncio.Queue[asyncio.Task[ModelStreamInferResponse] | None] = asyncio.Queue(STREAM_WINDOW)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                started: asyncio.Queue[asyncio.Task[ModelStreamInferResponse] | None] = asyncio.Queue(STREAM_WINDOW)
 
-            async def start() -> None:
-                async for request in requests:
-                    await started.put(tasks.create_task(self._infer_in_band(request)))
-                await started.put(None)
+                async def start() -> None:
+                    async for request in requests:
+                        await started.put(tasks.create_task(self._infer_in_band(request)))
+                    await started.put(None)
 
-            reading = tasks.create_task(start())
-            try:
-                while task := await started.get():
-                    yield await task
-            finally:
-                reading.cancel()
+                reading = tasks.create_task(start())
+                try:
+                    while task := await started.get():
+                        yield await task
+                finally:
+                    reading.cancel()
+        except* GeneratorExit:  # the client has gone while it was written to, and gRPC lets go of this generator
+            pass
 
     async def _infer_in_band(self, request: ModelInferRequest) -> ModelStreamInferResponse:
         """Answer one request of a stream; never raises but when cancelled."""

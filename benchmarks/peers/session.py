@@ -1,0 +1,19 @@
+# Runs in the environments of the peers, whose packages are not here.
+# mypy: ignore-errors
+"""onnxruntime as every peer runs it: on the CPU, one thread."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+
+
+def load(path: str | Path) -> Callable[[np.ndarray], np.ndarray]:
+    """The model of an ONNX file with one input and one output: (batch, *input shape) -> (batch, *output shape)."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    outputs, name = [session.get_outputs()[0].name], session.get_inputs()[0].name
+    return lambda rows: session.run(outputs, {name: rows})[0]

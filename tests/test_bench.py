@@ -1,0 +1,39 @@
+"""`trefoil bench`, with either driver."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import BIN, run
+
+COMMAND = (str(BIN / "trefoil"), "bench")
+
+
+@pytest.mark.parametrize("driver", ["asyncio", "h2load"])
+def test_bench(workspace: Path, tmp_path: Path, driver: str) -> None:
+    """Each driver measures the service and both floors; every figure is a positive number, where it is not too small to print."""
+    if driver == "h2load":
+        if not (real := shutil.which("h2load")):
+            pytest.skip("h2load is not installed")
+        (tmp_path / "h2load").write_text(f'#!/bin/sh\necho used >> "{tmp_path}/used"\nexec {real} "$@"\n')
+        (tmp_path / "h2load").chmod(0o755)
+    flags = ("fizzbuzz", "--requests", "400", "--rounds", "1", "--models", str(workspace / "models"))
+    done = run(*COMMAND, *flags, cwd=tmp_path, PATH=f"{BIN}:{tmp_path}")
+    head, *lines = done.stdout.splitlines()
+    assert head.split() == ["requests/s", "rows/s", "p50", "ms", "p99", "ms", "CPU", "us/request"]
+    assert [line.split()[0] for line in lines[-3:]] == ["trefoil", "echo", "session.run"]
+    for line in lines[-3:]:
+        figures = [float(figure) for figure in line.split()[1:]]
+        assert len(figures) == 5
+        rate, rows, p50, p99, cpu = figures
+        assert min(rate, rows, p99, cpu) > 0
+        assert 0 <= p50 <= p99  # printed in hundredths of a millisecond
+    assert (tmp_path / "used").exists() == (driver == "h2load")
+
+
+def test_unknown_model(workspace: Path) -> None:
+    """A model that there is not ends in one sentence that says what is missing."""
+    done = run(*COMMAND, "nope", "--models", str(workspace / "models"), cwd=workspace, check=False)
+    said = f"trefoil: {workspace}/models/nope/card.json is missing: run `dvc repro` to train the model"
+    assert (done.returncode, done.stdout.splitlines()) == (1, [said])

@@ -1,0 +1,78 @@
+"""What an engine is measured and checked for at load."""
+
+from itertools import cycle
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+from service.card import Rows, read_card
+from service.config import Config
+from service.engine import BATCH_SECONDS, ENGINES, INLINE_SECONDS, SMALLEST_BATCH, Engine, Pace, load_engine, measure
+from service.errors import StartupError
+
+
+class FakeEngine:
+    """Writes down the size of every batch."""
+
+    platform = "fake"
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = device
+        self.sizes: list[int] = []
+
+    def run(self, rows: Rows) -> Rows:
+        """(n, 3) -> (n, 3)."""
+        self.sizes.append(len(rows))
+        return rows
+
+
+def paces(monkeypatch: pytest.MonkeyPatch, most: int, per_row: float, device: str = "cpu") -> tuple[Pace, list[int]]:
+    """What is measured, and the sizes tried, when a row takes `per_row` seconds and every other run is slowed down by others."""
+
+    def seconds(engine: Engine, batch: Rows) -> float:
+        return len(engine.run(batch)) * per_row * next(noise)
+
+    noise = cycle([1, 5])
+    monkeypatch.setattr("service.engine._seconds", seconds)
+    engine = FakeEngine(device)
+    pace = measure(engine, np.zeros((5, 3)), most)
+    return pace, sorted(set(engine.sizes))
+
+
+@pytest.mark.parametrize("factor", [1, 2, 8])
+def test_smallest_batch_that_takes_long_enough(monkeypatch: pytest.MonkeyPatch, factor: int) -> None:
+    """The first of the doubled sizes is chosen whose best run takes BATCH_SECONDS, and no larger one is tried."""
+    rows = factor * SMALLEST_BATCH
+    pace, sizes = paces(monkeypatch, 1024, 1.01 * BATCH_SECONDS / rows)
+    assert (pace.batch_rows, sizes[-1]) == (rows, rows)
+    assert paces(monkeypatch, 1024, 0.99 * BATCH_SECONDS / rows)[0].batch_rows == 2 * rows
+
+
+@pytest.mark.parametrize("most", [1, 7, 32, 100, 128])
+def test_no_batch_is_larger_than_allowed(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    """Where even the largest batch allowed is quick, that one is chosen, and no larger one is tried."""
+    pace, sizes = paces(monkeypatch, most, 1e-9)
+    assert (pace.batch_rows, sizes[-1]) == (most, most)
+
+
+@pytest.mark.parametrize("per_row", [1e-6, 1e-2])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_inline_rows(monkeypatch: pytest.MonkeyPatch, device: str, per_row: float) -> None:
+    """As many rows run on the event loop as the CPU answers in INLINE_SECONDS; on a GPU none do."""
+    expected = INLINE_SECONDS / per_row if device == "cpu" else 0
+    assert paces(monkeypatch, 64, per_row, device)[0].inline_rows == pytest.approx(expected, abs=1)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_model_must_give_the_answers_of_its_card(workspace: Path, engine: str) -> None:
+    """A model whose answers differ from those of its card by more than the last digits is refused, with its folder."""
+    folder, config = workspace / "models" / "fizzbuzz", Config(engine=engine, device="cpu")
+    card = read_card(folder)
+    assert load_engine(folder, card, config).run(card.example_rows()).shape == (len(card.examples), *card.output.shape)
+    first, *others = card.examples
+    shifted = msgspec.structs.replace(first, probabilities=[first.probabilities[0] + 2e-4, *first.probabilities[1:]])
+    for examples in ((shifted, *others), (msgspec.structs.replace(first, probabilities=[]), *others[:0])):
+        with pytest.raises(StartupError, match=f"{folder}: the model does not give the answers of its card"):
+            load_engine(folder, msgspec.structs.replace(card, examples=examples), config)
