@@ -55,6 +55,16 @@ def test_every_model_answers_batches(service: Service, cards: dict[str, Card], n
 
 
 @pytest.mark.parametrize("name", models.names())
+def test_the_ends_of_every_range_are_accepted(default_service: Service, cards: dict[str, Card], name: str) -> None:
+    """A value exactly at a feature's minimum or maximum is answered, with probabilities that sum to one."""
+    card = cards[name]
+    ends = [[feature.minimum for feature in card.input.features], [feature.maximum for feature in card.input.features]]
+    rows = np.stack([np.broadcast_to(np.squeeze(end), card.input.shape) for end in ends])
+    with Client(default_service.address) as client:
+        np.testing.assert_allclose(client.infer(name, rows).sum(axis=1), 1, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", models.names())
 def test_typed_contents(channel: grpc.Channel, cards: dict[str, Card], name: str) -> None:
     """Typed contents in, typed contents out, with the card's answers."""
     card, rows = cards[name], cards[name].example_rows()
