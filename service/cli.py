@@ -16,6 +16,8 @@ from service.client import MEASUREMENTS, Client
 from service.config import Config
 from service.errors import StartupError
 
+COUNT = click.IntRange(min=1)
+
 
 class Refusal(click.ClickException):
     """One sentence on stderr, exit code 1."""
@@ -58,16 +60,18 @@ def serve(**options: Any) -> None:
     trefoil serve
     trefoil serve --engine torch --port 0
     """  # noqa: D301  \b is click's mark for text that keeps its lines
-    import uvloop  # noqa: PLC0415  the other commands do without the server's packages
-
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     try:
+        import uvloop  # noqa: PLC0415  the other commands do without the server's packages
+
         config = Config(**options)
         if config.workers == 1:
             from service.server import serve as run  # noqa: PLC0415
         else:
             from service.workers import serve as run  # noqa: PLC0415
         uvloop.run(run(config, announce))
+    except ImportError as error:
+        raise Refusal(f"serving needs more packages: pip install 'trefoil[serve]' ({error})") from None
     except StartupError as error:
         raise Refusal(str(error)) from None
 
@@ -221,12 +225,12 @@ def models(folder: Path) -> None:
 
 @main.command()
 @click.argument("model", default="fizzbuzz")
-@click.option("--rows", default=1, show_default=True, help="Rows of a request.")
-@click.option("--in-flight", default=32, show_default=True, help="Requests in flight, over at most 4 connections.")
-@click.option("--requests", default=6000, show_default=True, help="Requests a round.")
-@click.option("--rounds", default=5, show_default=True, help="Rounds that count; the figures are their medians.")
+@click.option("--rows", type=COUNT, default=1, show_default=True, help="Rows of a request.")
+@click.option("--in-flight", type=COUNT, default=32, show_default=True, help="Requests in flight, over at most 4 connections.")
+@click.option("--requests", type=COUNT, default=6000, show_default=True, help="Requests a round.")
+@click.option("--rounds", type=COUNT, default=5, show_default=True, help="Rounds that count; the figures are their medians.")
 @click.option("--models", "folder", type=Path, default=Path("models"), envvar="TREFOIL_MODELS", show_default=True)
-@click.option("--workers", default=1, show_default=True, help="Processes of the service.")
+@click.option("--workers", type=COUNT, default=1, show_default=True, help="Processes of the service.")
 def bench(model: str, rows: int, in_flight: int, requests: int, rounds: int, folder: Path, workers: int) -> None:
     """Measure the service beside a bare gRPC server and the bare engine.
 
@@ -248,6 +252,9 @@ def bench(model: str, rows: int, in_flight: int, requests: int, rounds: int, fol
     )
     serve_command = [sys.argv[0], "serve", "--port", "0", "--models", str(folder), "--workers", str(workers)]
     servers = {"trefoil": serve_command, "echo": [sys.executable, "-P", "-m", "service.bench"]}
-    results = bench_.compare(servers, load, rounds)
+    try:
+        results = bench_.compare(servers, load, rounds)
+    except (RuntimeError, grpc.RpcError) as error:
+        raise Refusal(error.details() if isinstance(error, grpc.Call) else str(error)) from None
     results["session.run"] = bench_.session_run(folder / model, card, rows)
     click.echo(bench_.table(results, rows))

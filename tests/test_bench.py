@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from service.config import Config
 from tests.conftest import BIN, run
 
 COMMAND = (str(BIN / "trefoil"), "bench")
@@ -37,3 +38,11 @@ def test_unknown_model(workspace: Path) -> None:
     done = run(*COMMAND, "nope", "--models", str(workspace / "models"), cwd=workspace, check=False)
     said = f"trefoil: {workspace}/models/nope/card.json is missing: run `dvc repro` to train the model"
     assert (done.returncode, done.stdout.splitlines()) == (1, [said])
+
+
+def test_a_load_that_is_refused(workspace: Path) -> None:
+    """A load that the service refuses ends in the service's own sentence."""
+    flags = ("fizzbuzz", "--rows", "5000", "--models", str(workspace / "models"))
+    done = run(*COMMAND, *flags, cwd=workspace, check=False)
+    assert done.returncode == 1
+    assert done.stdout.splitlines() == [f"trefoil: inputs[0]: 5000 rows; a request has 1 to {Config().max_request_rows}"]

@@ -75,3 +75,11 @@ def test_models_lists_what_is_trained(workspace: Path) -> None:
         (workspace / "models" / "untrained").rmdir()
     assert any("accuracy" in line and "commit" in line for line in lines)
     assert next(line for line in lines if "not trained" in line).startswith("untrained")
+
+
+def test_serving_without_its_packages_says_what_to_install(workspace: Path, tmp_path: Path) -> None:
+    """Where only a client is installed, `trefoil serve` ends in one sentence."""
+    (tmp_path / "uvloop.py").write_text("raise ImportError('not installed')\n")
+    done = run("trefoil", "serve", "--port", "0", cwd=workspace, check=False, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1
+    assert done.stdout.splitlines() == ["trefoil: serving needs more packages: pip install 'trefoil[serve]' (not installed)"]
