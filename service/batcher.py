@@ -4,11 +4,12 @@ It knows arrays and futures, nothing of gRPC; the engine behind it knows nothing
 """
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from threading import Lock
 
 import numpy as np
 
@@ -44,19 +45,20 @@ class Batcher:
         """`run` maps (batch, ...) to (batch, ...), one call at a time, at most `max_batch_rows` rows a call.
 
         Batches of up to `inline_rows` rows are so quick that they run on the event loop; larger ones run in a thread, and requests
-        gather meanwhile.
+        gather meanwhile. The thread takes its next batch by itself: the engine never waits for the loop.
         At most `max_queue_rows` rows wait, each for `queue_timeout` seconds; an idle engine waits `max_delay` seconds for company.
         """
         self._run = run
         self._max_batch_rows, self._max_queue_rows = max_batch_rows, max_queue_rows
         self._queue_timeout, self._max_delay = queue_timeout, max_delay
         self._inline_rows = inline_rows
+        self._lock = Lock()  # guards the queue, which the thread takes from too
         self._queue: deque[_Waiting] = deque()
         self._waiting_rows = 0
         self._seconds_per_row = 0.0  # of the latest batch
         self._seen, self._patience = 0, PATIENCE  # rows that waited at the latest tick, ticks left
         self._next: asyncio.Handle | None = None  # will start the next batch
-        self._running: asyncio.Future[Rows] | None = None  # the batch in the thread
+        self._running: asyncio.Future[None] | None = None  # the thread's work
         self._timer: asyncio.TimerHandle | None = None  # will end what has waited too long
         self._executor = ThreadPoolExecutor(1)
         self._closed = False
@@ -84,10 +86,12 @@ class Batcher:
     async def close(self) -> None:
         """Take no more requests, end those that wait with ShuttingDownError, and let the running batch finish."""
         self._closed = True
-        for waiting in self._queue:
+        with self._lock:
+            left = list(self._queue)
+            self._queue.clear()
+        for waiting in left:
             if not waiting.future.done():
                 waiting.future.set_exception(ShuttingDownError("the service is shutting down: ask another one"))
-        self._queue.clear()
         for handle in (self._timer, self._next):
             if handle:
                 handle.cancel()
@@ -99,8 +103,9 @@ class Batcher:
         """Queue at most one batch of rows and make sure that somebody works on the queue."""
         loop = asyncio.get_running_loop()
         waiting = _Waiting(rows, loop.create_future(), loop.time())
-        self._queue.append(waiting)
-        self._waiting_rows += len(rows)
+        with self._lock:
+            self._queue.append(waiting)
+            self._waiting_rows += len(rows)
         if self._running is None:
             if self._next and self._waiting_rows >= self._max_batch_rows:  # no need to wait for more
                 self._next.cancel()
@@ -111,16 +116,17 @@ class Batcher:
         return waiting
 
     def _pop(self) -> _Waiting:
-        """Take the oldest off the queue."""
+        """Take the oldest off the queue, with the lock held."""
         waiting = self._queue.popleft()
         self._waiting_rows -= len(waiting.rows)
         return waiting
 
     def _drop(self, waiting: _Waiting) -> None:
         """Nobody wants this answer any more: if the rows still wait, they never run."""
-        if waiting in self._queue:
-            self._queue.remove(waiting)
-            self._waiting_rows -= len(waiting.rows)
+        with self._lock:
+            if waiting in self._queue:
+                self._queue.remove(waiting)
+                self._waiting_rows -= len(waiting.rows)
         if not waiting.future.cancel() and not waiting.future.cancelled():
             waiting.future.exception()  # seen, so that asyncio does not report it as lost
 
@@ -128,14 +134,15 @@ class Batcher:
         """End what has waited too long, now, whatever the engine does; then sleep until the next one would."""
         loop = asyncio.get_running_loop()
         self._timer = None
-        while self._queue:
-            due = self._queue[0].arrived + self._queue_timeout
-            if due > loop.time():
-                self._timer = loop.call_at(due, self._expire)
-                return
-            waiting = self._pop()
+        late = []
+        with self._lock:
+            while self._queue and self._queue[0].arrived + self._queue_timeout <= loop.time():
+                late.append(self._pop())
+            if self._queue:
+                self._timer = loop.call_at(self._queue[0].arrived + self._queue_timeout, self._expire)
+        reason = f"not started within {self._queue_timeout:g} s, as long as the queue allows"
+        for waiting in late:
             if not waiting.future.done():
-                reason = f"not started within {self._queue_timeout:g} s, as long as the queue allows"
                 waiting.future.set_exception(QueueTimeoutError(reason))
 
     def _tick(self) -> None:
@@ -156,61 +163,63 @@ class Batcher:
 
     def _start(self) -> None:
         """Run what waits: a short batch here and now, a long one in the thread."""
-        loop = asyncio.get_running_loop()
         self._next, self._seen = None, 0
         batch = self._take()
-        if not batch:
-            return
-        started = loop.time()
-        try:
-            rows = batch[0].rows if len(batch) == 1 else np.concatenate([waiting.rows for waiting in batch])
-            if len(rows) > self._inline_rows:
-                self._running = loop.run_in_executor(self._executor, self._run, rows)
-                self._running.add_done_callback(partial(self._finish, batch, started))
-                return
-            self._deliver(batch, self._run(rows), started)
-        except Exception as error:  # noqa: BLE001  whatever it is, it fails this batch and no other
-            self._fail(batch, error)
-        if self._queue:
-            self._next = loop.call_soon(self._tick)
+        if sum(len(waiting.rows) for waiting in batch) > self._inline_rows:
+            loop = asyncio.get_running_loop()
+            self._running = loop.run_in_executor(self._executor, self._work, batch, loop)
+            self._running.add_done_callback(self._finish)
+        elif batch:
+            self._deliver(batch, self._attempt(batch))
+            if self._queue:
+                self._next = asyncio.get_running_loop().call_soon(self._tick)
 
-    def _finish(self, batch: list[_Waiting], started: float, running: asyncio.Future[Rows]) -> None:
-        """The thread has run a batch: answer, and give it the next at once."""
+    def _work(self, batch: list[_Waiting], loop: asyncio.AbstractEventLoop) -> None:
+        """In the thread: run this batch, and then the next ones for as long as more rows wait than the loop would run."""
+        while batch:
+            loop.call_soon_threadsafe(self._deliver, batch, self._attempt(batch))
+            batch = self._take() if self._waiting_rows > self._inline_rows else []
+
+    def _finish(self, _: asyncio.Future[None]) -> None:
+        """The thread has nothing more to do: go on with what waits."""
         self._running = None
-        try:
-            self._deliver(batch, running.result(), started)
-        except Exception as error:  # noqa: BLE001  whatever it is, it fails this batch and no other
-            self._fail(batch, error)
         if not self._closed:
             self._start()
-
-    def _deliver(self, batch: list[_Waiting], answers: Rows, started: float) -> None:
-        """Give each request its part of the answers. Raises ValueError when they are not as many as the rows."""
-        count = sum(len(waiting.rows) for waiting in batch)
-        if len(answers) != count:
-            raise ValueError(f"the engine answered {count} rows with {len(answers)}")
-        self._seconds_per_row = (asyncio.get_running_loop().time() - started) / count
-        start = 0
-        for waiting in batch:
-            stop = start + len(waiting.rows)
-            if not waiting.future.done():
-                waiting.future.set_result(answers[start:stop])
-            start = stop
-
-    def _fail(self, batch: list[_Waiting], error: Exception) -> None:
-        """Answer a whole batch with one internal error."""
-        failure = InternalError(error)
-        for waiting in batch:
-            if not waiting.future.done():
-                waiting.future.set_exception(failure)
 
     def _take(self) -> list[_Waiting]:
         """The requests of the next batch, oldest first, as many as fit; none when none wait."""
         batch: list[_Waiting] = []
         room = self._max_batch_rows
-        while self._queue and len(self._queue[0].rows) <= room:
-            waiting = self._pop()
-            if not waiting.future.done():  # it may have been cancelled a moment ago
-                batch.append(waiting)
-                room -= len(waiting.rows)
+        with self._lock:
+            while self._queue and len(self._queue[0].rows) <= room:
+                waiting = self._pop()
+                if not waiting.future.done():  # it may have been cancelled a moment ago
+                    batch.append(waiting)
+                    room -= len(waiting.rows)
         return batch
+
+    def _attempt(self, batch: list[_Waiting]) -> Rows | InternalError:
+        """The answers to a batch, (all its rows, ...), or what its requests get instead."""
+        started = time.perf_counter()
+        try:
+            rows = batch[0].rows if len(batch) == 1 else np.concatenate([waiting.rows for waiting in batch])
+            answers = self._run(rows)
+            if len(answers) != len(rows):
+                return InternalError(ValueError(f"the engine answered {len(rows)} rows with {len(answers)}"))
+        except Exception as error:  # noqa: BLE001  whatever it is, it fails this batch and no other
+            return InternalError(error)
+        self._seconds_per_row = (time.perf_counter() - started) / len(rows)
+        return answers
+
+    def _deliver(self, batch: list[_Waiting], answers: Rows | InternalError) -> None:
+        """Give each request its part of the answers, or the failure."""
+        start = 0
+        for waiting in batch:
+            stop = start + len(waiting.rows)
+            if waiting.future.done():  # nobody wants it any more
+                pass
+            elif isinstance(answers, InternalError):
+                waiting.future.set_exception(answers)
+            else:
+                waiting.future.set_result(answers[start:stop])
+            start = stop
