@@ -1,13 +1,17 @@
 """What the pipeline and the torch engine expect of a network."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+
+import models
 
 
 class Classifier(nn.Module):
     """A network that takes what a person has and answers with probabilities.
 
-    A subclass is called `Network`, lives in `models/<name>/network.py` and takes the keywords under `train.network` in params.yaml.
+    A subclass is called `Network`, lives in `models/<name>/network.py` and is built by `build`.
     It implements `logits`; `adapt` and `augment` where it has preprocessing to fit or training rows to vary.
     """
 
@@ -25,3 +29,12 @@ class Classifier(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         """Probabilities, (batch, classes); each row sums to one."""
         return torch.softmax(self.logits(inputs), dim=1)
+
+
+def build(model: str, network: str | dict[str, Any]) -> Classifier:
+    """A model's network, untrained, as `train.network` in params.yaml wants it: keywords, or a name that stands for `name: ...`.
+
+    Raises models.UnknownModelError, and TypeError or ValueError when the network does not take these keywords.
+    """
+    made: Classifier = models.load(model, "network").Network(**({"name": network} if isinstance(network, str) else network))
+    return made

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-import models
+import models.network
 from models.network import Classifier
 from pipeline.stage import NotNegative, PipelineError, Positive, Section, Share, folder, load_params, load_rows, main
 
@@ -31,7 +31,7 @@ class Params(Section, frozen=True, kw_only=True):
     label_smoothing: Share = 0.0
     validation_rows: NotNegative = 0  # so many random training rows are held out, to choose settings by
     threads: NotNegative = 0  # of torch on the CPU; 0: one a core. Small networks are quicker with 1
-    network: dict[str, Any] = msgspec.field(default_factory=dict)  # arguments of the model's Network
+    network: str | dict[str, Any] = msgspec.field(default_factory=dict)  # keywords of the model's Network, or only its `name`
 
 
 def choose_device(wish: str) -> torch.device:
@@ -43,13 +43,12 @@ def choose_device(wish: str) -> torch.device:
     return torch.device("cuda" if wish != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def build(model: str, arguments: dict[str, Any]) -> Classifier:
+def build(model: str, network: str | dict[str, Any]) -> Classifier:
     """The model's network, untrained. Raises PipelineError when it does not take these arguments."""
     try:
-        network: Classifier = models.load(model, "network").Network(**arguments)
-    except TypeError as error:
+        return models.network.build(model, network)
+    except (TypeError, ValueError) as error:
         raise PipelineError(f"params.yaml: models.{model}.train.network: {error}") from error
-    return network
 
 
 def build_optimizer(network: Classifier, arguments: dict[str, Any]) -> torch.optim.Optimizer:

@@ -96,7 +96,7 @@ class TorchEngine:
             import torch  # noqa: PLC0415  a service with onnxruntime does without
         except ImportError as error:
             raise StartupError(f"the torch engine needs torch: pip install 'trefoil[torch]' ({error})") from error
-        import models  # noqa: PLC0415
+        import models.network  # noqa: PLC0415
 
         if config.device == "cuda" and not torch.cuda.is_available():
             raise StartupError("device cuda is demanded, but torch sees no GPU")
@@ -105,7 +105,7 @@ class TorchEngine:
         torch.set_num_threads(config.threads)
         content = verify(folder, card, "model.pt")
         try:
-            network = models.load(card.name, "network").Network(**card.params["train"].get("network", {}))
+            network = models.network.build(card.name, card.params["train"].get("network", {}))
             network.load_state_dict(torch.load(io.BytesIO(content), weights_only=True))
         except (models.UnknownModelError, KeyError, TypeError, RuntimeError, ValueError) as error:
             raise StartupError(f"{folder / 'model.pt'} does not fit models/{card.name}/network.py: {error}") from error

@@ -25,8 +25,10 @@ def block(channels_in: int, channels_out: int, size: int, *, padding: int = 0, p
 class Network(Classifier):
     """Four convolutions, two of them pooled, and one linear layer: 109,000 parameters."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, name: str = "cnn") -> None:
         super().__init__()
+        if name != "cnn":
+            raise ValueError(f"there is no network {name!r}; use cnn")
         self.layers = nn.Sequential(
             block(1, 16, 5, padding=2, pool=True),  # (batch, 16, 14, 14)
             block(16, 32, 3, padding=1, pool=True),  # (batch, 32, 7, 7)
