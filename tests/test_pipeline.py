@@ -26,8 +26,7 @@ from pipeline.prepare import prepare
 from pipeline.stage import load_params, main, prepared
 from pipeline.train import Params, build, fit, train
 from service.card import read_card
-from service.client import Client
-from tests.conftest import clone, edit_params, run, serving
+from tests.conftest import clone, edit_params, run
 
 every_model = pytest.mark.parametrize("name", models.names())
 
@@ -256,79 +255,3 @@ def test_a_damaged_mirror_stops_the_pipeline(tmp_path: Path) -> None:
     assert f"{name}.gz is damaged: expected SHA-256 {expected}, found {hashlib.sha256(damaged).hexdigest()}" in ended.stdout
     assert "Traceback" not in ended.stdout
     assert [path for folder in ("raw", "prepared") for path in (fresh / "data" / folder).rglob("*") if path.is_file()] == []
-
-
-# What a fourth model takes
-
-FOURTH = {
-    "contract.py": """
-from models.contract import Contract, Feature, Input, Output
-
-CONTRACT = Contract(
-    description="Which of two numbers is larger.",
-    input=Input(name="pair", datatype="FP32", shape=(2,), features=(Feature(name="number", unit="", minimum=-1, maximum=1),)),
-    output=Output(name="probabilities", datatype="FP32", shape=(2,)),
-    labels=("first", "second"),
-)
-""",
-    "dataset.py": """
-import numpy as np
-
-from models.dataset import Dataset
-
-
-def load(raw, *, rows):
-    pairs = np.random.default_rng(0).uniform(-1, 1, (rows, 2)).astype(np.float32)
-    larger = pairs.argmax(axis=1)
-    return Dataset(pairs[100:], larger[100:], pairs[:100], larger[:100], "full")
-""",
-    "network.py": """
-from torch import nn
-
-from models.network import Classifier
-
-
-class Network(Classifier):
-    def __init__(self, *, bias):
-        super().__init__()
-        self.layer = nn.Linear(2, 2, bias=bias)
-
-    def logits(self, inputs):
-        return self.layer(inputs)
-""",
-}
-FOURTH_PARAMS = {
-    "prepare": {"rows": 300},
-    "train": {
-        "seed": 0,
-        "device": "cpu",
-        "epochs": 50,
-        "batch_size": 50,
-        "optimizer": {"name": "Adam", "lr": 0.1},
-        "network": {"bias": False},
-    },
-    "export": {"opset": 20},
-    "evaluate": {"gates": {"full": {"accuracy": 0.95}}},
-}
-
-
-def test_a_fourth_model_is_a_folder_and_an_entry(scratch: Path, tmp_path: Path) -> None:
-    """It alone is trained, its model.onnx and card.json alone are served, and either engine gives its card's answers."""
-    folder = scratch / "models" / "larger"
-    folder.mkdir()
-    for file, code in FOURTH.items():
-        (folder / file).write_text(code)
-    edit_params(scratch, larger=FOURTH_PARAMS)
-    assert stages(run("dvc", "repro", cwd=scratch).stdout) == {
-        f"{stage}@larger" for stage in ("prepare", "train", "export", "evaluate")
-    }
-
-    alone = tmp_path / "served" / "larger"
-    alone.mkdir(parents=True)
-    for file in ("model.onnx", "card.json"):
-        shutil.copyfile(folder / file, alone / file)
-    card = read_card(folder)
-    for home, engine, environment in ((alone, "onnxruntime", {}), (folder, "torch", {"PYTHONPATH": str(scratch)})):
-        with serving(home.parent, engine=engine, **environment) as service, Client(service.address) as client:
-            expected = [example.output for example in card.examples]
-            np.testing.assert_allclose(client.infer("larger", card.example_rows()), expected, rtol=0, atol=TOLERANCE)
