@@ -39,13 +39,12 @@ def folder(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_lesson_learns() -> None:
-    """The three steps run one after the other, and each ends where the page says."""
+    """The three steps run one after the other, and all end where the page says."""
     found: dict[str, float] = {}
     for body in blocks("python"):
         if body not in files().values():
             exec(body, found)  # noqa: S102  it is our own page
-    assert found["by_hand"] < 1 > found["by_autograd"]
-    assert found["by_optimizer"] < 0.001
+    assert max(found["by_hand"], found["by_autograd"], found["by_optimizer"]) < 0.001
 
 
 def test_the_model_is_trained_and_served(folder: Path, tmp_path: Path) -> None:
