@@ -86,6 +86,13 @@ def two_workers(rounds: int) -> None:
         say(8, f"{model}, two workers", f"{two:.0f} requests/s, one {one:.0f} ({two / one:.2f} x)", "more than 1 x")
 
 
+def metrics(rounds: int) -> None:
+    """Figure 9: what it costs to keep histograms."""
+    found = compare({"off": SERVE, "on": [*SERVE, "--metrics-port", "0"]}, load("fizzbuzz", 1, 5000), rounds)
+    on, off = found["on"].cpu_us, found["off"].cpu_us
+    say(9, "fizzbuzz, 1 row: histograms on", f"{on:.0f} us, off {off:.0f} ({on / off - 1:+.1%})", "+3 %")
+
+
 @click.command()
 @click.option("--rounds", default=5, show_default=True)
 def main(rounds: int) -> None:
@@ -96,6 +103,7 @@ def main(rounds: int) -> None:
     start_and_memory(rounds)
     in_flight(rounds)
     two_workers(rounds)
+    metrics(2 * rounds)
 
 
 if __name__ == "__main__":

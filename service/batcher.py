@@ -8,8 +8,9 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from threading import Lock
+from typing import Protocol
 
 import numpy as np
 
@@ -26,7 +27,21 @@ class _Waiting:
 
     rows: Rows
     future: asyncio.Future[Rows]
-    arrived: float  # seconds on the loop's clock
+    arrived: float  # seconds on the loop's clock, which may be coarse
+    put: float = field(default_factory=time.perf_counter)
+
+
+class Observer(Protocol):
+    """Is told what a batcher does."""
+
+    def depth(self, rows: int, /) -> None:
+        """So many rows wait now."""
+
+    def waited(self, seconds: float, /) -> None:
+        """A request was in the queue for so long."""
+
+    def ran(self, rows: int, seconds: float, /) -> None:
+        """A batch of so many rows kept the engine busy for so long."""
 
 
 class Batcher:
@@ -41,17 +56,20 @@ class Batcher:
         queue_timeout: float,
         max_delay: float = 0.0,
         inline_rows: int = 0,
+        observer: Observer | None = None,
     ) -> None:
         """`run` maps (batch, ...) to (batch, ...), one call at a time, at most `max_batch_rows` rows a call.
 
         Batches of up to `inline_rows` rows are so quick that they run on the event loop; larger ones run in a thread, and requests
         gather meanwhile. The thread takes its next batch by itself: the engine never waits for the loop.
         At most `max_queue_rows` rows wait, each for `queue_timeout` seconds; an idle engine waits `max_delay` seconds for company.
+        `observer` is told of waiting rows, of each request's time in the queue, and of each batch; from the thread too.
         """
         self._run = run
         self._max_batch_rows, self._max_queue_rows = max_batch_rows, max_queue_rows
         self._queue_timeout, self._max_delay = queue_timeout, max_delay
         self._inline_rows = inline_rows
+        self._observer = observer
         self._lock = Lock()  # guards the queue, which the thread takes from too
         self._queue: deque[_Waiting] = deque()
         self._waiting_rows = 0
@@ -106,6 +124,8 @@ class Batcher:
         with self._lock:
             self._queue.append(waiting)
             self._waiting_rows += len(rows)
+        if self._observer and self._running:  # else they are as good as gone
+            self._observer.depth(self._waiting_rows)
         if self._running is None:
             if self._next and self._waiting_rows >= self._max_batch_rows:  # no need to wait for more
                 self._next.cancel()
@@ -196,6 +216,11 @@ class Batcher:
                 if not waiting.future.done():  # it may have been cancelled a moment ago
                     batch.append(waiting)
                     room -= len(waiting.rows)
+        if self._observer:
+            now = time.perf_counter()
+            self._observer.depth(self._waiting_rows)
+            for waiting in batch:
+                self._observer.waited(now - waiting.put)
         return batch
 
     def _attempt(self, batch: list[_Waiting]) -> Rows | InternalError:
@@ -208,7 +233,10 @@ class Batcher:
                 return InternalError(ValueError(f"the engine answered {len(rows)} rows with {len(answers)}"))
         except Exception as error:  # noqa: BLE001  whatever it is, it fails this batch and no other
             return InternalError(error)
-        self._seconds_per_row = (time.perf_counter() - started) / len(rows)
+        seconds = time.perf_counter() - started
+        self._seconds_per_row = seconds / len(rows)
+        if self._observer:
+            self._observer.ran(len(rows), seconds)
         return answers
 
     def _deliver(self, batch: list[_Waiting], answers: Rows | InternalError) -> None:

@@ -79,6 +79,8 @@ def serve(**options: Any) -> None:
 def announce(config: Config, names: Iterable[str]) -> None:
     """Say what is served where, once calls are accepted."""
     click.echo(f"trefoil {version('trefoil')} serves {', '.join(names)} at {config.address}")
+    if config.metrics_port is not None:
+        click.echo(f"metrics at http://{config.host}:{config.metrics_port}/metrics")
     click.echo(f"try: trefoil fizzbuzz 1 30 --server {config.address}")
     sys.stdout.flush()
 

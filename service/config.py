@@ -8,6 +8,7 @@ from typing import Any
 from service.errors import StartupError
 
 INT = 2**31 - 1  # gRPC's settings are C ints
+PORT = 2**16 - 1
 
 
 def option(default: Any, text: str, *, among: tuple[str, ...] = (), least: float = -inf, most: float = inf) -> Any:
@@ -20,7 +21,7 @@ class Config:
     """Settings of a service. Raises StartupError for a value that cannot be."""
 
     host: str = option("127.0.0.1", "Address to listen on.")
-    port: int = option(8001, "Port to listen on; 0 takes a free one and prints it.", least=0, most=2**16 - 1)
+    port: int = option(8001, "Port to listen on; 0 takes a free one and prints it.", least=0, most=PORT)
     models: Path = option(Path("models"), "Folder of trained models, one folder each.")
     engine: str = option("onnxruntime", "What runs the models: onnxruntime or torch.", among=("onnxruntime", "torch"))
     device: str = option("auto", "cpu, cuda, or auto: cuda when there is a GPU.", among=("auto", "cpu", "cuda"))
@@ -33,6 +34,7 @@ class Config:
     queue_timeout: float = option(10.0, "Seconds that a request may wait before it is refused.", least=0.001)
     max_message_bytes: int = option(16 * 2**20, "Largest message that is read.", least=1, most=INT)
     grace: float = option(30.0, "Seconds that requests in flight have to finish at shutdown.", least=0)
+    metrics_port: int | None = option(None, "Port for Prometheus, 0 for a free one; else nothing is counted.", least=0, most=PORT)
     token_file: Path | None = option(None, "File with the bearer token that callers must send.")
 
     @property

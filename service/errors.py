@@ -16,6 +16,7 @@ import logging
 import math
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
+from time import perf_counter
 from typing import Any, ClassVar, NoReturn
 
 import grpc
@@ -126,6 +127,16 @@ def known(error: Exception) -> ServiceError:
     return error if isinstance(error, ServiceError) else InternalError(error)
 
 
+async def end(error: BaseException, servicer: Any, method: str, context: Any) -> NoReturn:
+    """Count a call that failed and end it with the status of its error; one that was cancelled has ended already."""
+    if not isinstance(error, Exception):
+        servicer.metrics.failed(method, "CANCELLED")
+        raise error
+    failure = known(error)
+    servicer.metrics.failed(method, failure.code.name)
+    await abort(context, failure)
+
+
 async def abort(context: Any, cause: Exception) -> NoReturn:
     """End a call with the status of an error."""
     error = known(cause)
@@ -140,19 +151,24 @@ StreamMethod = Callable[[Any, Any, Any], AsyncIterator[Any]]
 
 def answers(method: Method) -> Method:
     """Make a unary method of a servicer end with the right status when it raises."""
+    name = method.__name__
 
     @functools.wraps(method)
     async def guarded(servicer: Any, request: Any, context: Any) -> Any:
+        started = perf_counter()
         try:
-            return await method(servicer, request, context)
-        except Exception as error:  # noqa: BLE001  whatever it is: this is where it becomes a status
-            await abort(context, error)
+            response = await method(servicer, request, context)
+        except BaseException as error:  # noqa: BLE001  whatever it is: this is where it becomes a status
+            await end(error, servicer, name, context)
+        servicer.metrics.answered(name, perf_counter() - started)
+        return response
 
     return guarded
 
 
 def streams(method: StreamMethod) -> StreamMethod:
     """Make a streaming method of a servicer end with the right status when it raises."""
+    name = method.__name__
 
     @functools.wraps(method)
     async def guarded(servicer: Any, request: Any, context: Any) -> AsyncIterator[Any]:
@@ -160,6 +176,6 @@ def streams(method: StreamMethod) -> StreamMethod:
             async for response in method(servicer, request, context):
                 yield response
         except Exception as error:  # noqa: BLE001  whatever it is: this is where it becomes a status
-            await abort(context, error)
+            await end(error, servicer, name, context)
 
     return guarded

@@ -10,6 +10,7 @@ from service.card import Card, Rows, read_card
 from service.config import Config
 from service.engine import Engine, load_engine, measure
 from service.errors import InvalidInputError, ModelNotFoundError, ModelUnavailableError, StartupError
+from service.metrics import Metrics, Observer
 
 log = logging.getLogger(__name__)
 
@@ -38,10 +39,12 @@ class Model:
 class Repository:
     """The models in a folder, by name."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, metrics: Metrics) -> None:
         """Load every trained model. Raises StartupError when none is trained, or one is damaged."""
         self.known = find(config.models)
-        self._models = {name: load(config.models / name, config) for name in self.known if is_trained(config.models / name)}
+        self.metrics = metrics
+        trained = [name for name in self.known if is_trained(config.models / name)]
+        self._models = {name: load(config.models / name, config, metrics.observer(name)) for name in trained}
         if not self._models:
             raise StartupError(f"no trained model in {config.models}: run `dvc repro`, or name another folder with --models")
         for name in self.known:
@@ -83,7 +86,7 @@ def is_trained(folder: Path) -> bool:
     return (folder / "card.json").is_file()
 
 
-def load(folder: Path, config: Config) -> Model:
+def load(folder: Path, config: Config, observer: Observer | None) -> Model:
     """Load one trained model. Raises StartupError when a file is missing or damaged, or the card is another model's."""
     card = read_card(folder)
     if card.name != folder.name:
@@ -97,5 +100,6 @@ def load(folder: Path, config: Config) -> Model:
         queue_timeout=config.queue_timeout,
         max_delay=config.max_delay,
         inline_rows=pace.inline_rows,
+        observer=observer,
     )
     return Model(card=card, engine=engine, batcher=batcher, max_request_rows=config.max_request_rows)

@@ -18,6 +18,7 @@ from proto import POOL, diabetes_pb2_grpc, digits_pb2_grpc, fizzbuzz_pb2_grpc, i
 from service import port
 from service.config import Config
 from service.errors import StartupError, UnauthenticatedError, abort
+from service.metrics import Metrics, Prometheus, tell
 from service.repository import Repository
 from service.servicers.diabetes import DiabetesServicer
 from service.servicers.digits import DigitsServicer
@@ -100,7 +101,8 @@ class Server:
         Raises StartupError when a model cannot be loaded or the port is taken.
         """
         interceptors = (BearerToken(config.token_file),) if config.token_file else ()
-        self.repository = Repository(config)
+        self.metrics = Metrics() if config.metrics_port is None else Prometheus()
+        self.repository = Repository(config, self.metrics)
         options = {"grpc.so_reuseport": int(config.workers > 1), "grpc.max_receive_message_length": config.max_message_bytes}
         self._server = grpc.aio.server(interceptors=interceptors, options=list(options.items()))
         self._health = Health()
@@ -154,6 +156,8 @@ def bind(server: Any, config: Config) -> int:
 async def serve(config: Config, ready: Callable[[Config, Iterable[str]], None]) -> None:
     """Serve until SIGTERM or SIGINT. Once calls are accepted, `ready` gets the settings with the port, and the models' names."""
     server = Server(config)
+    if isinstance(server.metrics, Prometheus):
+        server.config = replace(server.config, metrics_port=tell(server.metrics.registry, config))
     await server.start()
     ready(server.config, server.repository.names())
     await server.run()

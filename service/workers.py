@@ -12,18 +12,21 @@ Health has the name `workers`: SERVING while all of them run.
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import sys
 import time
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import msgspec
 
 from service.config import Config
 from service.errors import StartupError
+from service.metrics import Sum, tell
 from service.port import hold
 
 log = logging.getLogger(__name__)
@@ -40,6 +43,8 @@ class Workers:
         self._socket = hold(config)
         self.config = replace(config, port=self._socket.getsockname()[1])
         self._running: dict[int, Process] = {}
+        self._counted = TemporaryDirectory(prefix="trefoil-metrics-") if config.metrics_port is not None else None
+        self._sum = Sum(self._counted.name) if self._counted else None
         self._stopping = asyncio.Event()
 
     async def run(self, ready: Callable[[Config, Iterable[str]], None]) -> None:
@@ -49,6 +54,8 @@ class Workers:
         """
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self._stopping.set)
+        if self._sum:
+            self.config = replace(self.config, metrics_port=tell(self._sum.registry, self.config))
         try:
             first = await asyncio.gather(*(self._start(index) for index in range(self.config.workers)))
             ready(self.config, first[0])
@@ -60,11 +67,14 @@ class Workers:
         finally:
             self._terminate()
             self._socket.close()
+            if self._counted:
+                self._counted.cleanup()
 
     async def _start(self, index: int) -> list[str]:
         """Start a worker; return the names of its models once it accepts calls. Raises StartupError when it does not."""
         command = [sys.executable, "-P", "-m", "service.workers", msgspec.json.encode(self.config, enc_hook=str).decode()]
-        process = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE, start_new_session=True)
+        environment = {**os.environ, **({"PROMETHEUS_MULTIPROC_DIR": self._counted.name} if self._counted else {})}
+        process = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE, start_new_session=True, env=environment)
         self._running[index] = process
         assert process.stdout is not None  # noqa: S101  for the type checker: it is a PIPE
         line = (await process.stdout.readline()).decode().strip()
@@ -85,6 +95,8 @@ class Workers:
             backoff = BACKOFF[0] if time.monotonic() - since > HEALTHY else min(2 * backoff, BACKOFF[1])
             log.error("worker %d (process %d) ended with %d; the next one starts in %g s", index, process.pid, status, backoff)
             self._tell()
+            if self._sum:
+                self._sum.bury(process.pid)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), backoff)
             if self._stopping.is_set():

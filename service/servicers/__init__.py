@@ -1,1 +1,11 @@
-"""The faces of the service, one module a .proto file. A method has three lines: decode, infer, encode."""
+"""The faces of the service, one module a .proto file."""
+
+from service.repository import Repository
+
+
+class Face:
+    """What every servicer has: the models, and where it writes down how its calls went."""
+
+    def __init__(self, repository: Repository) -> None:
+        self._repository = repository
+        self.metrics = repository.metrics

@@ -8,16 +8,13 @@ from proto import diabetes_pb2_grpc
 from proto.diabetes_pb2 import Assessment, AssessRequest, AssessResponse, Patient
 from service.card import Card, Rows
 from service.errors import answers
-from service.repository import Repository
+from service.servicers import Face
 
 POSITIVE = "positive"
 
 
-class DiabetesServicer(diabetes_pb2_grpc.DiabetesServicer):
+class DiabetesServicer(Face, diabetes_pb2_grpc.DiabetesServicer):
     """Answers with the model `diabetes`."""
-
-    def __init__(self, repository: Repository) -> None:
-        self._repository = repository
 
     @answers
     async def Assess(self, request: AssessRequest, _context: Any) -> AssessResponse:  # noqa: N802

@@ -10,14 +10,11 @@ from proto.digits_pb2 import ClassifyRequest, ClassifyResponse, Digit, Image
 from service.card import Rows
 from service.errors import InvalidInputError, answers
 from service.images import SIDE, decode_image
-from service.repository import Repository
+from service.servicers import Face
 
 
-class DigitsServicer(digits_pb2_grpc.DigitsServicer):
+class DigitsServicer(Face, digits_pb2_grpc.DigitsServicer):
     """Answers with the model `mnist`."""
-
-    def __init__(self, repository: Repository) -> None:
-        self._repository = repository
 
     @answers
     async def Classify(self, request: ClassifyRequest, _context: Any) -> ClassifyResponse:  # noqa: N802

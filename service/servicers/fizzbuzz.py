@@ -9,16 +9,13 @@ from proto import fizzbuzz_pb2_grpc
 from proto.fizzbuzz_pb2 import AnswerRequest, AnswerResponse, CountRequest, CountResponse
 from service.card import Card, Rows
 from service.errors import InvalidInputError, answers, streams
-from service.repository import Repository
+from service.servicers import Face
 
 CHUNK = 64  # numbers of a count that are asked for at once
 
 
-class FizzBuzzServicer(fizzbuzz_pb2_grpc.FizzBuzzServicer):
+class FizzBuzzServicer(Face, fizzbuzz_pb2_grpc.FizzBuzzServicer):
     """Answers with the model `fizzbuzz`."""
-
-    def __init__(self, repository: Repository) -> None:
-        self._repository = repository
 
     @answers
     async def Answer(self, request: AnswerRequest, _context: Any) -> AnswerResponse:  # noqa: N802

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from importlib.metadata import version
+from time import perf_counter
 from typing import Any
 
 from proto import inference_pb2_grpc
@@ -23,17 +24,14 @@ from proto.inference_pb2 import (
 )
 from service.card import Tensor
 from service.errors import ModelUnavailableError, answers, known, streams
-from service.repository import Repository
+from service.servicers import Face
 from service.tensors import WHERE, decode, encode
 
 STREAM_WINDOW = 64  # requests of one stream that are answered at a time; more are not read
 
 
-class InferenceServicer(inference_pb2_grpc.GRPCInferenceServiceServicer):
+class InferenceServicer(Face, inference_pb2_grpc.GRPCInferenceServiceServicer):
     """Answers with whichever model is asked for."""
-
-    def __init__(self, repository: Repository) -> None:
-        self._repository = repository
 
     @answers
     async def ServerLive(self, _request: ServerLiveRequest, _context: Any) -> ServerLiveResponse:  # noqa: N802
@@ -102,11 +100,15 @@ class InferenceServicer(inference_pb2_grpc.GRPCInferenceServiceServicer):
 
     async def _infer_in_band(self, request: ModelInferRequest) -> ModelStreamInferResponse:
         """Answer one request of a stream; never raises but when cancelled."""
+        started = perf_counter()
         try:
-            return ModelStreamInferResponse(infer_response=await self._infer(request))
+            response = ModelStreamInferResponse(infer_response=await self._infer(request))
         except Exception as error:  # noqa: BLE001  whatever it is, it ends this request and not the stream
-            message = str(known(error))
-            return ModelStreamInferResponse(error_message=message, infer_response=ModelInferResponse(id=request.id))
+            failure = known(error)
+            self.metrics.failed("ModelStreamInfer", failure.code.name)
+            return ModelStreamInferResponse(error_message=str(failure), infer_response=ModelInferResponse(id=request.id))
+        self.metrics.answered("ModelStreamInfer", perf_counter() - started)
+        return response
 
     async def _infer(self, request: ModelInferRequest) -> ModelInferResponse:
         """Decode, infer, encode."""
