@@ -4,7 +4,7 @@ VENV := .venv
 INSTALLED := $(VENV)/installed
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: demo test lint serve proto
+.PHONY: demo test lint serve report proto
 
 demo: $(INSTALLED) ## train, serve, ask, print the answers, stop
 	dvc repro
@@ -21,6 +21,10 @@ lint: $(INSTALLED)
 serve: $(INSTALLED)
 	dvc repro
 	trefoil serve
+
+report: $(INSTALLED) ## all figures and plots on one page, report.html
+	dvc repro
+	python -m pipeline.report
 
 proto: $(INSTALLED) ## generate the code of proto/*.proto anew
 	python -m proto.generate

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from sklearn.model_selection import StratifiedKFold
 
 import models
-from pipeline.metrics import is_classified, measure, roc
+from pipeline.metrics import calibration, is_classified, measure, roc
 from pipeline.stage import NotNegative, PipelineError, Section, folder, load_params, load_rows, main
 from pipeline.train import Params as TrainParams
 from pipeline.train import build, fit
@@ -105,8 +105,11 @@ def plot(model: str, answers: np.ndarray, targets: np.ndarray) -> None:
         misread = [(row, *confusion[row], f"{answers[row].max():.4f}") for row in np.flatnonzero(found != targets)]
     write_csv(plots / "confusion.csv", ("truth", "answer"), confusion)
     write_csv(plots / "misread.csv", ("row", "truth", "answer", "probability"), misread)
-    points = roc(answers, targets) if is_classified(targets) else []
-    write_csv(plots / "roc.csv", ("false_positive_rate", "true_positive_rate"), points)
+    for name, header, points in (
+        ("roc.csv", ("false_positive_rate", "true_positive_rate"), roc),
+        ("calibration.csv", ("probability", "share"), calibration),
+    ):
+        write_csv(plots / name, header, points(answers, targets) if is_classified(targets) else [])
 
 
 def evaluate(model: str) -> None:

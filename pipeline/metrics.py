@@ -42,6 +42,19 @@ def roc(probabilities: np.ndarray, targets: np.ndarray) -> list[tuple[float, flo
     return list(zip(false_positive_rate.tolist(), true_positive_rate.tolist(), strict=True))
 
 
+def calibration(probabilities: np.ndarray, targets: np.ndarray, bins: int = 10) -> list[tuple[float, float]]:
+    """Points (mean probability, share that came true), in bins of equal size.
+
+    Of two classes the second's probability is taken, of more that of the answer.
+    """
+    if probabilities.shape[1] == 2:  # noqa: PLR2004
+        claimed, true = probabilities[:, 1], targets == 1
+    else:
+        claimed, true = probabilities.max(axis=1), targets == probabilities.argmax(axis=1)
+    parts = np.array_split(np.argsort(claimed, kind="stable"), bins)
+    return [(float(claimed[part].mean()), float(true[part].mean())) for part in parts]
+
+
 def decisions(probabilities: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Whether each class is the right one, and its probability, pooled over classes; of two classes only the second."""
     right = np.eye(probabilities.shape[1])[targets]  # (rows, classes)

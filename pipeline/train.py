@@ -142,7 +142,8 @@ def fit(model: str, inputs: np.ndarray, targets: np.ndarray, params: Params, liv
             curves = {"train": figures(loss_sum, right, y)}
             if len(held_out):
                 curves["validation"] = score(network, validation_x, validation_y)
-            progress.set_postfix({f"{part} {name}": f"{value:.4f}" for part, c in curves.items() for name, value in c.items()})
+            shown = {f"{part} {name}": f"{value:.4f}" for part, c in curves.items() for name, value in c.items()}
+            progress.set_postfix(shown, refresh=False)
             if live:
                 log(live, epoch + 1, curves)
     return network.cpu().eval()

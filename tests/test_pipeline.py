@@ -100,6 +100,18 @@ def test_figures_and_curves_are_shown(trained: Path, tmp_path: Path) -> None:
             assert f"models/{name}/{plot}" in page
 
 
+def test_the_report_shows_every_model(trained: Path, tmp_path: Path) -> None:
+    """`python -m pipeline.report` makes one page, without links to elsewhere, with each model's figures, plots and misread digits."""
+    copy = shutil.copytree(trained, tmp_path / "report")
+    run(sys.executable, "-m", "pipeline.report", cwd=copy)
+    page = (copy / "report.html").read_text()
+    for name in models.names():
+        assert f'<h2 id="{name}">' in page
+    assert page.count("<svg") >= 5 * len(models.names()) + 1
+    assert "misread: the answer" in page
+    assert not re.search(r"""(src|href)=["']http""", re.sub(r"<metadata>.*?</metadata>", "", page, flags=re.DOTALL))
+
+
 # What is written
 
 

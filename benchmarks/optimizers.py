@@ -1,0 +1,33 @@
+"""Compare four optimisers on one model, as DVC experiments: `python benchmarks/optimizers.py fizzbuzz`.
+
+All start from the same weights and see the same batches; only the optimiser differs. The workspace stays as it is; the experiments
+are called fizzbuzz-sgd, fizzbuzz-momentum and so on. `dvc exp show`, `dvc plots diff` and `make report` show them, the last two with
+all curves in one plot.
+"""
+
+import subprocess
+
+import click
+
+OPTIMIZERS = {
+    "sgd": "name: SGD",
+    "momentum": "name: SGD, momentum: 0.9",
+    "rmsprop": "name: RMSprop",
+    "adam": "name: Adam",
+}
+
+
+@click.command()
+@click.argument("model")
+@click.option("--lr", default=0.01, show_default=True, help="Learning rate of all four.")
+def main(model: str, lr: float) -> None:
+    """Train MODEL once with each optimiser."""
+    section = f"models.{model}.train.optimizer"
+    for name, settings in OPTIMIZERS.items():
+        change = ["-S", f"~{section}", "-S", f"+{section}={{{settings}, lr: {lr}}}"]
+        experiment = ["dvc", "exp", "run", "--temp", "--force", "--name", f"{model}-{name}", *change, f"train@{model}"]
+        subprocess.run(experiment, check=True)  # noqa: S603
+
+
+if __name__ == "__main__":
+    main()
