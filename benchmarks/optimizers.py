@@ -1,8 +1,8 @@
 """Compare four optimisers on one model, as DVC experiments: `python benchmarks/optimizers.py fizzbuzz`.
 
 All start from the same weights and see the same batches; only the optimiser differs. The workspace stays as it is; the experiments
-are called fizzbuzz-sgd, fizzbuzz-momentum and so on. `dvc exp show`, `dvc plots diff` and `make report` show them, the last two with
-all curves in one plot.
+are called fizzbuzz-sgd, fizzbuzz-momentum and so on. `dvc exp show`, `dvc plots diff` and `make report` show them, the last two
+with all curves in one plot.
 """
 
 import subprocess

@@ -101,7 +101,7 @@ def test_figures_and_curves_are_shown(trained: Path, tmp_path: Path) -> None:
 
 
 def test_the_report_shows_every_model(trained: Path, tmp_path: Path) -> None:
-    """`python -m pipeline.report` makes one page, without links to elsewhere, with each model's figures, plots and misread digits."""
+    """`python -m pipeline.report` makes one page, without links elsewhere, of each model's figures, plots and misread digits."""
     copy = shutil.copytree(trained, tmp_path / "report")
     run(sys.executable, "-m", "pipeline.report", cwd=copy)
     page = (copy / "report.html").read_text()
