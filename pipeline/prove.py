@@ -175,6 +175,7 @@ def sample(model: str) -> int:
 
 def prove(model: str) -> None:
     """Stage: model.pt, model.onnx -> proof.json; fails, with a counterexample if one is known, when there is no proof."""
+    (folder(model) / "proof.json").unlink(missing_ok=True)
     weights = served(model)
     tried = sample(model)
     points, machine = explore(weights)

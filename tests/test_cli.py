@@ -27,10 +27,9 @@ def ask(service: Service, arguments: str, status: int = 0) -> str:
         ("predict diabetes 1 2 3", f"give {len(MEASUREMENTS)} in the order"),
         ("predict diabetes glucose=-1", "patients[0].glucose_mg_per_dl"),
         ("predict fizzbuzz 2.5", "no whole number"),
-        ("predict fizzbuzz 1024", "numbers[0]"),
+        ("predict fizzbuzz 9223372036854775808", "no whole number of 64 bits"),
         ("predict tulips [[1]]", "there is no model 'tulips'"),
         ("fizzbuzz 1 9 0", "step"),
-        ("fizzbuzz -5 9", "start"),
     ],
 )
 def test_bad_input_is_answered_with_a_sentence(default_service: Service, arguments: str, sentence: str) -> None:
