@@ -18,6 +18,7 @@ and both the network's words and the rule's have no sign, so all words of 64 bit
 """
 
 import json
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -44,7 +45,7 @@ Exact = NDArray[Any]  # of fractions.Fraction
 class Automaton(NamedTuple):
     """A finite machine that reads bits; state 0 is where it begins."""
 
-    steps: list[tuple[int, ...]]  # state -> the next one, by bit
+    steps: Sequence[tuple[int, ...]]  # state -> the next one, by bit
     outputs: list[int]  # state -> class
 
 
@@ -168,7 +169,7 @@ def sample(model: str) -> int:
     wrong = np.flatnonzero(with_onnxruntime(model, numbers).argmax(axis=1) != dataset.answer(numbers))
     if len(wrong):
         raise PipelineError(
-            f"not proved: {len(wrong)} of {len(numbers)} numbers are answered wrongly, the first is {numbers[wrong[0]]}"
+            f"not proved: {len(wrong)} of {len(numbers)} numbers have a wrong answer, the first {numbers[wrong[0]]}"
         )
     return len(numbers)
 
