@@ -5,8 +5,9 @@ slices of 101..1023; 1..100 is looked at here only. The tutorial is Joel Grus's 
 versions have it: ten bits as 0 and 1, one hidden layer of 100 ReLUs, SGD with a learning rate of .05, batches of 128 in order,
 10,000 epochs.
 
-Measured on a shared core of an AMD EPYC, other work beside it: ours makes no error with any of 20 seeds, in 0.98 to 1.80 s of CPU time,
-3.71 s for the first, in which torch warms up; the tutorial's makes 6, 3 and 12 errors with seeds 0, 1 and 2, in 16.0 to 19.7 s.
+Measured on a shared core of an AMD EPYC, with other work beside it: ours makes no error with any of 20 seeds, in 0.98 to 1.80 s of
+CPU time, 3.71 s for the first, in which torch warms up; the tutorial's makes 6, 3 and 12 errors with seeds 0, 1 and 2, in 16.0 to
+19.7 s.
 """
 
 import time

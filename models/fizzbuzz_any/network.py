@@ -17,7 +17,7 @@ class Network(Classifier):
     Such a network is a weighted finite automaton, and the spectral method fits it (Balle et al. 2014, "Spectral learning of
     weighted automata"; Rabusseau, Li, Precup 2019, "Connecting weighted automata and recurrent neural networks through
     spectral learning"). How many numbers the state has is the rank that `solve` finds, so shapes come with the weights. A
-    negative number is read by its magnitude. All is float64, which no engine shortens: 64 steps lose no more than 1e-12.
+    negative number is read by its magnitude. All is float64, which no engine shortens; `pipeline.prove` bounds what 64 steps lose.
     """
 
     masks: Tensor
