@@ -69,7 +69,8 @@ class Network(Classifier):
         reached = self.initial @ words  # (prefixes, rank)
         for _ in range(self.suffix_bits):
             reached = (reached.unsqueeze(1).unsqueeze(1) @ self.operators).squeeze(2).flatten(0, 1)  # (words, rank)
-        self.scores.data = torch.linalg.pinv(reached[inputs]) @ rows[inputs]
+        seen = ~rows.isnan().any(dim=1)  # (words,); in the order of the numbers, so that shuffled rows give the same weights
+        self.scores.data = torch.linalg.pinv(reached[seen]) @ rows[seen]
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: object) -> None:
         for name, parameter in self.named_parameters(recurse=False):
