@@ -41,7 +41,7 @@ class Output:
 
 @dataclass(frozen=True, kw_only=True)
 class Contract:
-    """What goes into a model, what comes out, and what the columns of the answer are called."""
+    """What goes into a model, what comes out, and what the columns of the answer are called: classes, or values."""
 
     description: str
     input: Input

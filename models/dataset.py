@@ -22,12 +22,15 @@ class DataError(Exception):
 
 
 class Dataset(NamedTuple):
-    """Rows as the contract's input tensor describes them, targets as class indices (int64), and `full` or `sample`."""
+    """Rows as the contract's input tensor describes them, their targets, and `full` or `sample`.
+
+    A classifier's targets are class indices (int64), a regression's are values of the output's shape (float32).
+    """
 
     train_inputs: NDArray[np.generic]
-    train_targets: NDArray[np.int64]
+    train_targets: NDArray[np.int64] | NDArray[np.float32]
     test_inputs: NDArray[np.generic]
-    test_targets: NDArray[np.int64]
+    test_targets: NDArray[np.int64] | NDArray[np.float32]
     source: str
 
 

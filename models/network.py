@@ -8,37 +8,53 @@ from torch import Tensor, nn
 import models
 
 
-class Classifier(nn.Module):
-    """A network that takes what a person has and answers with probabilities.
+class Predictor(nn.Module):
+    """A network that takes what a person has and answers with values; it is fitted by the mean squared error.
 
     A subclass is called `Network`, lives in `models/<name>/network.py` and is built by `build`.
-    It implements `logits`; `adapt` and `augment` where it has preprocessing to fit or training rows to vary, and `solve` where its
-    weights are found without gradients.
+    It implements `outputs`; `adapt` and `augment` where it has preprocessing to fit or training rows to vary, and `solve` where
+    its weights are found without gradients.
     """
 
     def adapt(self, inputs: Tensor) -> None:
         """Fit the statistics of the preprocessing (means, scales) to the training rows; they become buffers of the state_dict."""
 
     def solve(self, inputs: Tensor, targets: Tensor) -> None:
-        """Compute the weights from the training rows and their classes, (rows,); gradient descent, if any, goes on from there."""
+        """Compute the weights from the training rows and their targets; gradient descent, if any, goes on from there."""
 
     def augment(self, inputs: Tensor) -> Tensor:
         """A random variation of a training batch, in the units of the input tensor and of the same shape."""
         return inputs
 
+    def outputs(self, inputs: Tensor) -> Tensor:
+        """What the loss is taken of, (batch, *output shape), for a batch as the contract describes it."""
+        raise NotImplementedError
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """The answers, (batch, *output shape)."""
+        return self.outputs(inputs)
+
+
+class Classifier(Predictor):
+    """A network that answers with probabilities; it implements `logits`, and is fitted by the cross entropy."""
+
     def logits(self, inputs: Tensor) -> Tensor:
         """Unnormalised log-probabilities, (batch, classes), of a batch as the contract describes it."""
         raise NotImplementedError
+
+    def outputs(self, inputs: Tensor) -> Tensor:
+        """The logits."""
+        return self.logits(inputs)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Probabilities, (batch, classes); each row sums to one."""
         return torch.softmax(self.logits(inputs), dim=1)
 
 
-def build(model: str, network: str | dict[str, Any]) -> Classifier:
+def build(model: str, network: str | dict[str, Any]) -> Predictor:
     """A model's network, untrained, as `train.network` in params.yaml wants it: keywords, or a name that stands for `name: ...`.
 
     Raises models.UnknownModelError, and TypeError or ValueError when the network does not take these keywords.
     """
-    made: Classifier = models.load(model, "network").Network(**({"name": network} if isinstance(network, str) else network))
+    made: Predictor = models.load(model, "network").Network(**({"name": network} if isinstance(network, str) else network))
     return made

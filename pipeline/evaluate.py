@@ -13,12 +13,12 @@ from msgspec.structs import replace
 from sklearn.model_selection import StratifiedKFold
 
 import models
-from pipeline.metrics import measure, roc
+from pipeline.metrics import is_classified, measure, roc
 from pipeline.stage import NotNegative, PipelineError, Section, folder, load_params, load_rows, main
 from pipeline.train import Params as TrainParams
 from pipeline.train import build, fit
 
-TOLERANCE = 1e-5  # largest difference of a probability between torch and onnxruntime
+TOLERANCE = 1e-5  # largest difference between torch and onnxruntime: of a probability, or of a value as a share of the largest
 
 
 class Params(Section, frozen=True, kw_only=True):
@@ -29,7 +29,7 @@ class Params(Section, frozen=True, kw_only=True):
 
 
 def with_torch(model: str, inputs: np.ndarray) -> np.ndarray:
-    """Probabilities, (rows, classes), from model.pt."""
+    """Answers, (rows, ...), from model.pt."""
     network = build(model, load_params(model, "train", TrainParams).network).eval()
     network.load_state_dict(torch.load(folder(model) / "model.pt", weights_only=True))
     with torch.inference_mode():
@@ -37,20 +37,21 @@ def with_torch(model: str, inputs: np.ndarray) -> np.ndarray:
 
 
 def with_onnxruntime(model: str, inputs: np.ndarray) -> np.ndarray:
-    """Probabilities, (rows, classes), from model.onnx, on the CPU."""
+    """Answers, (rows, ...), from model.onnx, on the CPU."""
     session = onnxruntime.InferenceSession(folder(model) / "model.onnx", providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     return np.concatenate([session.run(None, {name: inputs[i : i + 1000]})[0] for i in range(0, len(inputs), 1000)])
 
 
-def compare(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
-    """How far two sets of probabilities, (rows, classes), lie apart. Raises PipelineError when a label or a probability differs."""
-    flips = np.flatnonzero(ours.argmax(axis=1) != theirs.argmax(axis=1))
+def compare(ours: np.ndarray, theirs: np.ndarray, *, classes: bool) -> dict[str, float]:
+    """How far two sets of answers, (rows, ...), lie apart. Raises PipelineError when a label differs, or an answer by too much."""
+    flips = np.flatnonzero(ours.argmax(axis=1) != theirs.argmax(axis=1)) if classes else np.array([])
     if len(flips):
         raise PipelineError(f"torch and onnxruntime give different labels for {len(flips)} test rows, the first is row {flips[0]}")
     difference = float(np.abs(ours - theirs).max())
-    if not difference <= TOLERANCE:
-        raise PipelineError(f"a probability differs by {difference:.2g} between torch and onnxruntime; {TOLERANCE:g} is allowed")
+    allowed = TOLERANCE * max(1.0, float(np.abs(theirs).max()))
+    if not difference <= allowed:
+        raise PipelineError(f"an answer differs by {difference:.2g} between torch and onnxruntime; {allowed:g} is allowed")
     return {"label_flips": len(flips), "largest_difference": difference}
 
 
@@ -92,24 +93,37 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]
         csv.writer(file).writerows([header, *rows])
 
 
+def plot(model: str, answers: np.ndarray, targets: np.ndarray) -> None:
+    """Write the plots of a classifier; those of other models have no points."""
+    labels = models.load(model, "contract").CONTRACT.labels
+    plots = folder(model) / "plots"
+    confusion: list[tuple[object, ...]] = []
+    misread: list[tuple[object, ...]] = []
+    if is_classified(targets):
+        found = answers.argmax(axis=1)
+        confusion = [(labels[truth], labels[answer]) for truth, answer in zip(targets, found, strict=True)]
+        misread = [(row, *confusion[row], f"{answers[row].max():.4f}") for row in np.flatnonzero(found != targets)]
+    write_csv(plots / "confusion.csv", ("truth", "answer"), confusion)
+    write_csv(plots / "misread.csv", ("row", "truth", "answer", "probability"), misread)
+    points = roc(answers, targets) if is_classified(targets) else []
+    write_csv(plots / "roc.csv", ("false_positive_rate", "true_positive_rate"), points)
+
+
 def evaluate(model: str) -> None:
-    """Stage: model.onnx, model.pt -> metrics.json, plots/confusion.csv, plots/roc.csv; fails when a gate is missed."""
+    """Stage: model.onnx, model.pt -> metrics.json and plots; fails when a gate is missed."""
     params = load_params(model, "evaluate", Params)
     data = load_rows(model)
     source, targets = str(data["source"]), data["test_targets"]
     if source not in params.gates:
         raise PipelineError(f"params.yaml: models.{model}.evaluate.gates has no entry for the data set {source!r}")
-    probabilities = with_onnxruntime(model, data["test_inputs"])
-    agreement = compare(with_torch(model, data["test_inputs"]), probabilities)
-    metrics: dict[str, Any] = {"data": source, **measure(probabilities, targets), **agreement}
+    answers = with_onnxruntime(model, data["test_inputs"])
+    agreement = compare(with_torch(model, data["test_inputs"]), answers, classes=is_classified(targets))
+    metrics: dict[str, Any] = {"data": source, **measure(answers, targets), **agreement}
     if params.folds:
         metrics["cross_validation"] = cross_validate(model, data["train_inputs"], data["train_targets"], params.folds)
     (folder(model) / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
 
-    labels = models.load(model, "contract").CONTRACT.labels
-    answers = zip(targets, probabilities.argmax(axis=1), strict=True)
-    write_csv(folder(model) / "plots" / "confusion.csv", ("truth", "answer"), ((labels[t], labels[a]) for t, a in answers))
-    write_csv(folder(model) / "plots" / "roc.csv", ("false_positive_rate", "true_positive_rate"), roc(probabilities, targets))
+    plot(model, answers, targets)
     check_gates(metrics, params.gates[source])
     print(f"{model}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if isinstance(value, float)))
 

@@ -1,6 +1,7 @@
 """Turn a checkpoint into the files that are served: model.onnx, model.pt and card.json."""
 
 import hashlib
+import json
 import subprocess
 from dataclasses import asdict
 from pathlib import Path
@@ -13,8 +14,8 @@ import torch
 
 import models
 from models.contract import Contract
-from models.network import Classifier
-from pipeline.metrics import measure
+from models.network import Predictor
+from pipeline.metrics import is_classified, measure
 from pipeline.stage import PipelineError, Positive, Section, folder, load_params, load_rows, main, prepared
 from pipeline.train import Params as TrainParams
 from pipeline.train import build
@@ -28,7 +29,7 @@ class Params(Section, frozen=True, kw_only=True):
     opset: Positive
 
 
-def to_onnx(network: Classifier, contract: Contract, example: torch.Tensor, opset: int) -> onnx.ModelProto:
+def to_onnx(network: Predictor, contract: Contract, example: torch.Tensor, opset: int) -> onnx.ModelProto:
     """Export a network as one ONNX graph with a dynamic batch axis; equal networks give equal bytes.
 
     `example` is an input batch of at least two rows. Raises PipelineError when the batch axis would be fixed.
@@ -93,32 +94,46 @@ def replace(path: Path, content: bytes) -> None:
     partial.replace(path)
 
 
-def describe(model: str, network: Classifier) -> dict[str, Any]:
-    """The card: the contract, the measured figures, where the model comes from, and test rows with their answers."""
+def describe(model: str, network: Predictor) -> dict[str, Any]:
+    """The card but for its `files`: the contract, the figures, where the model comes from, and test rows with their answers."""
     contract: Contract = models.load(model, "contract").CONTRACT
     data = load_rows(model)
     inputs, targets = data["test_inputs"], data["test_targets"]
     with torch.inference_mode():
-        probabilities = network(torch.from_numpy(inputs)).numpy()
-    rows = sorted({*range(EXAMPLES), *np.unique(targets, return_index=True)[1].tolist()})
+        answers = network(torch.from_numpy(inputs)).numpy()
+    firsts = np.unique(targets, return_index=True)[1].tolist() if is_classified(targets) else []
+    params = {section: load_params(model, section, dict[str, Any]) for section in ("prepare", "train", "export")}
     return {
         "name": model,
         "version": "1",
         **asdict(contract),
-        "metrics": measure(probabilities, targets),
+        "metrics": measure(answers, targets),
         "data": {"source": str(data["source"]), "sha256": sha256(prepared(model))},
-        "params": {section: load_params(model, section, dict[str, Any]) for section in ("prepare", "train", "export")},
+        "params": params,
+        "params_sha256": hashlib.sha256(msgspec.json.encode(params, order="sorted")).hexdigest(),
         "git_commit": git_commit(),
-        "files": {name: sha256(folder(model) / name) for name in ("model.onnx", "model.pt")},
         "examples": [
             {
                 "input": inputs[row].tolist(),
-                "target": contract.labels[targets[row]],
-                "probabilities": probabilities[row].tolist(),
+                "target": contract.labels[targets[row]] if is_classified(targets) else targets[row].tolist(),
+                "output": answers[row].tolist(),
             }
-            for row in rows
+            for row in sorted({*range(min(EXAMPLES, len(targets))), *firsts})
         ],
     }
+
+
+def label(graph: onnx.ModelProto, card: dict[str, Any]) -> None:
+    """Write into an ONNX file where it comes from, what its columns mean and how good it is, as text or JSON."""
+    facts = {
+        "git_commit": card["git_commit"],
+        "data_sha256": card["data"]["sha256"],
+        "params_sha256": card["params_sha256"],
+        "labels": card["labels"],
+        "units": {feature["name"]: feature["unit"] for feature in card["input"]["features"]},
+        "metrics": card["metrics"],
+    }
+    onnx.helper.set_model_props(graph, {name: v if isinstance(v, str) else json.dumps(v) for name, v in facts.items()})
 
 
 def export(model: str) -> None:
@@ -128,8 +143,11 @@ def export(model: str) -> None:
     torch.save(network.state_dict(), folder(model) / "model.pt")
     example = torch.from_numpy(load_rows(model)["test_inputs"][:2])
     graph = to_onnx(network, models.load(model, "contract").CONTRACT, example, load_params(model, "export", Params).opset)
+    card = describe(model, network)
+    label(graph, card)
     replace(folder(model) / "model.onnx", graph.SerializeToString(deterministic=True))
-    replace(folder(model) / "card.json", msgspec.json.format(msgspec.json.encode(describe(model, network)), indent=1))
+    card["files"] = {name: sha256(folder(model) / name) for name in ("model.onnx", "model.pt")}
+    replace(folder(model) / "card.json", msgspec.json.format(msgspec.json.encode(card), indent=1))
 
 
 if __name__ == "__main__":

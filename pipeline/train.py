@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from dvclive.live import Live
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, mse_loss
 from tqdm import tqdm
 
 import models.network
-from models.network import Classifier
+from models.network import Predictor
 from pipeline.stage import NotNegative, PipelineError, Positive, Section, Share, folder, load_params, load_rows, main
 
 KEEP_MEMORY = 31 * 2**20  # bytes; glibc unmaps freed blocks larger than the largest one freed so far, if that is below 32 MiB
@@ -43,7 +43,7 @@ def choose_device(wish: str) -> torch.device:
     return torch.device("cuda" if wish != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def build(model: str, network: str | dict[str, Any]) -> Classifier:
+def build(model: str, network: str | dict[str, Any]) -> Predictor:
     """The model's network, untrained. Raises PipelineError when it does not take these arguments."""
     try:
         return models.network.build(model, network)
@@ -51,7 +51,7 @@ def build(model: str, network: str | dict[str, Any]) -> Classifier:
         raise PipelineError(f"params.yaml: models.{model}.train.network: {error}") from error
 
 
-def build_optimizer(network: Classifier, arguments: dict[str, Any]) -> torch.optim.Optimizer:
+def build_optimizer(network: Predictor, arguments: dict[str, Any]) -> torch.optim.Optimizer:
     """An optimiser of torch.optim by name. Raises PipelineError when there is none, or it does not take these arguments."""
     options = dict(arguments)
     kind = getattr(torch.optim, str(options.pop("name", None)), None)
@@ -75,21 +75,37 @@ def schedule(warmup: float, steps: int) -> Any:
     return factor
 
 
+def loss_of(outputs: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Mean cross entropy with class indices, mean squared error with values."""
+    if targets.is_floating_point():
+        return mse_loss(outputs, targets)
+    return cross_entropy(outputs, targets, label_smoothing=label_smoothing)
+
+
+def correct(outputs: Tensor, targets: Tensor) -> Tensor:
+    """How many rows have the right class; of values none has."""
+    return targets.new_zeros(()) if targets.is_floating_point() else (outputs.argmax(dim=1) == targets).sum()
+
+
+def figures(loss_sum: Tensor, right: Tensor, targets: Tensor) -> dict[str, float]:
+    """Mean loss, and of a classifier accuracy, over all rows."""
+    means = {"loss": loss_sum.item() / len(targets), "accuracy": right.item() / len(targets)}
+    return {"loss": means["loss"]} if targets.is_floating_point() else means
+
+
 @torch.no_grad()
-def score(network: Classifier, inputs: Tensor, targets: Tensor) -> dict[str, float]:
-    """Mean loss and accuracy over all rows."""
+def score(network: Predictor, inputs: Tensor, targets: Tensor) -> dict[str, float]:
+    """Mean loss, and of a classifier accuracy, over all rows, without label smoothing."""
     network.eval()
-    logits = torch.cat([network.logits(rows) for rows in inputs.split(1000)])  # (rows, classes)
-    return {
-        "loss": cross_entropy(logits, targets).item(),
-        "accuracy": (logits.argmax(dim=1) == targets).float().mean().item(),
-    }
+    outputs = torch.cat([network.outputs(rows) for rows in inputs.split(1000)])  # (rows, ...)
+    return figures(loss_of(outputs, targets) * len(targets), correct(outputs, targets), targets)
 
 
-def fit(model: str, inputs: np.ndarray, targets: np.ndarray, params: Params, live: Live | None = None) -> Classifier:
+def fit(model: str, inputs: np.ndarray, targets: np.ndarray, params: Params, live: Live | None = None) -> Predictor:
     """Train a fresh network on all rows but `validation_rows`; return it on the CPU, in evaluation mode.
 
-    inputs: (rows, ...) as the contract describes them; targets: (rows,) class indices. Learning curves go to `live`.
+    inputs: (rows, ...) as the contract describes them; targets: (rows,) class indices, or (rows, ...) values. Learning curves go to
+    `live`.
     """
     torch.empty(KEEP_MEMORY, dtype=torch.uint8)  # freed at once: a third less CPU time in the loop, for want of page faults
     torch.manual_seed(params.seed)
@@ -116,19 +132,19 @@ def fit(model: str, inputs: np.ndarray, targets: np.ndarray, params: Params, liv
     progress = tqdm(range(params.epochs), desc=f"train {model} on {device.type}", unit="epoch", mininterval=0.5)
     for epoch in progress:
         network.train()
-        loss_sum, correct = torch.zeros(2, device=device)
+        loss_sum, right = torch.zeros(2, device=device)
         for batch in torch.randperm(len(x), device=device).split(params.batch_size):
-            logits = network.logits(network.augment(x[batch]))  # (batch, classes)
-            loss = cross_entropy(logits, y[batch], label_smoothing=params.label_smoothing)
+            outputs = network.outputs(network.augment(x[batch]))  # (batch, ...)
+            loss = loss_of(outputs, y[batch], params.label_smoothing)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             scheduler.step()
             loss_sum += loss.detach() * len(batch)
-            correct += (logits.argmax(dim=1) == y[batch]).sum()
+            right += correct(outputs, y[batch])
 
         if (epoch + 1) % math.ceil(params.epochs / CURVE_POINTS) == 0 or epoch + 1 == params.epochs:
-            curves = {"train": {"loss": loss_sum.item() / len(x), "accuracy": correct.item() / len(x)}}
+            curves = {"train": figures(loss_sum, right, y)}
             if len(held_out):
                 curves["validation"] = score(network, validation_x, validation_y)
             progress.set_postfix({f"{part} {name}": f"{value:.4f}" for part, c in curves.items() for name, value in c.items()})

@@ -78,11 +78,11 @@ class Input(Tensor, frozen=True, kw_only=True):
 
 
 class Example(msgspec.Struct, frozen=True):
-    """A test row, its true label and the probabilities that the trained model gave."""
+    """A test row, its true label (or values) and the output that the trained model gave."""
 
     input: Any
-    target: str
-    probabilities: list[float]
+    target: Any
+    output: list[Any]
 
 
 class Card(msgspec.Struct, frozen=True):
@@ -97,6 +97,7 @@ class Card(msgspec.Struct, frozen=True):
     metrics: dict[str, float]
     data: dict[str, str]
     params: dict[str, Any]
+    params_sha256: str
     git_commit: str
     files: dict[str, str]
     examples: tuple[Example, ...]

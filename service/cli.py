@@ -225,8 +225,11 @@ def models(folder: Path) -> None:
                 click.echo(f"{name:12} not trained: run `dvc repro`")
                 continue
             card = read_card(folder / name)
-            figures = "  ".join(f"{key} {value:.4g}" for key, value in card.metrics.items())
-            click.echo(f"{name:12} {figures}  data {card.data['source']} {card.data['sha256'][:8]}  commit {card.git_commit[:8]}")
+            click.echo(f"{name:12} {'  '.join(f'{key} {value:.4g}' for key, value in card.metrics.items())}")
+            origin = f"data {card.data['source']} {card.data['sha256'][:8]}  params {card.params_sha256[:8]}"
+            click.echo(f"{'':12} {origin}  commit {card.git_commit[:8]}{card.git_commit[40:]}")
+            units = ", ".join(f"{feature.name} ({feature.unit})".removesuffix(" ()") for feature in card.input.features)
+            click.echo(f"{'':12} {units} -> {', '.join(card.labels)}")
     except StartupError as error:
         raise Refusal(str(error)) from None
 

@@ -134,8 +134,8 @@ def load_engine(folder: Path, card: Card, config: Config) -> Engine:
             answers = engine.run(rows)
     except Exception as error:
         raise StartupError(f"{folder}: the model does not run on the examples of its card: {error}") from error
-    expected = np.array([example.probabilities for example in card.examples])
-    if answers.shape != expected.shape or not np.allclose(answers, expected, rtol=0, atol=TOLERANCE):
+    expected = np.array([example.output for example in card.examples])
+    if answers.shape != expected.shape or not np.allclose(answers, expected, rtol=TOLERANCE, atol=TOLERANCE):
         raise StartupError(f"{folder}: the model does not give the answers of its card; run `dvc repro` to write both anew")
     return engine
 

@@ -72,7 +72,7 @@ def test_model_must_give_the_answers_of_its_card(workspace: Path, engine: str) -
     card = read_card(folder)
     assert load_engine(folder, card, config).run(card.example_rows()).shape == (len(card.examples), *card.output.shape)
     first, *others = card.examples
-    shifted = msgspec.structs.replace(first, probabilities=[first.probabilities[0] + 2e-4, *first.probabilities[1:]])
-    for examples in ((shifted, *others), (msgspec.structs.replace(first, probabilities=[]), *others[:0])):
+    shifted = msgspec.structs.replace(first, output=[first.output[0] + 4e-4, *first.output[1:]])
+    for examples in ((shifted, *others), (msgspec.structs.replace(first, output=[]), *others[:0])):
         with pytest.raises(StartupError, match=f"{folder}: the model does not give the answers of its card"):
             load_engine(folder, msgspec.structs.replace(card, examples=examples), config)

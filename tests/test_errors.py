@@ -479,7 +479,7 @@ def damage(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], None
 def other_answers(content: bytes) -> bytes:
     """A card whose first example has the answer of its third."""
     card = json.loads(content)
-    card["examples"][0]["probabilities"] = card["examples"][2]["probabilities"]
+    card["examples"][0]["output"] = card["examples"][2]["output"]
     return json.dumps(card).encode()
 
 

@@ -9,7 +9,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -19,14 +21,13 @@ import models
 from models.mnist.dataset import FULL, MIRROR
 from pipeline.evaluate import TOLERANCE, compare, evaluate, with_onnxruntime, with_torch
 from pipeline.export import Params as ExportParams
-from pipeline.export import export, to_onnx
+from pipeline.export import export, label, to_onnx
 from pipeline.metrics import measure
 from pipeline.prepare import prepare
 from pipeline.stage import load_params, main, prepared
 from pipeline.train import Params, build, fit, train
 from service.card import read_card
-from service.client import Client
-from tests.conftest import clone, edit_params, run, serving
+from tests.conftest import clone, edit_params, run
 
 every_model = pytest.mark.parametrize("name", models.names())
 OWN = {"fizzbuzz_any": {"prove@fizzbuzz_any"}}  # the stages that only one model has, after those that all have
@@ -109,7 +110,7 @@ def test_figures_and_curves_are_shown(trained: Path, tmp_path: Path) -> None:
 def test_both_files_give_the_answers_of_the_card(trained: Path, name: str) -> None:
     """model.pt and model.onnx have the checksums in the card, and give the answers that it shows for its example rows."""
     card = read_card(trained / "models" / name)
-    expected = [example.probabilities for example in card.examples]
+    expected = [example.output for example in card.examples]
     for file, answer in (("model.pt", with_torch), ("model.onnx", with_onnxruntime)):
         assert hashlib.sha256((trained / "models" / name / file).read_bytes()).hexdigest() == card.files[file]
         np.testing.assert_allclose(answer(name, card.example_rows()), expected, rtol=0, atol=TOLERANCE)
@@ -129,7 +130,15 @@ def test_the_onnx_file_stands_alone(trained: Path, name: str) -> None:
     network = build(name, load_params(name, "train", Params).network).eval()
     network.load_state_dict(torch.load(trained / "models" / name / "model.pt", weights_only=True))
     again = to_onnx(network, contract, torch.from_numpy(rows[:2]), load_params(name, "export", ExportParams).opset)
+    card = msgspec.json.decode((trained / "models" / name / "card.json").read_bytes())
+    label(again, card)
     assert again.SerializeToString(deterministic=True) == content
+    facts = {fact.key: fact.value for fact in onnx.load_from_string(content).metadata_props}
+    assert facts["git_commit"] == card["git_commit"]
+    assert facts["data_sha256"] == hashlib.sha256(prepared(name).read_bytes()).hexdigest()
+    assert json.loads(facts["labels"]) == list(contract.labels)
+    assert json.loads(facts["units"]) == {feature.name: feature.unit for feature in contract.input.features}
+    assert json.loads(facts["metrics"]) == card["metrics"]
 
 
 @every_model
@@ -226,13 +235,16 @@ def test_a_missed_gate_is_named(scratch: Path, monkeypatch: pytest.MonkeyPatch, 
 def test_engines_that_disagree_are_refused() -> None:
     """A flipped label or a probability off by more than the tolerance fails, with the number; a smaller difference is reported."""
     ours, step = np.array([[0.9, 0.1], [0.5 + TOLERANCE / 4, 0.5 - TOLERANCE / 4]]), np.array([1, -1])
-    assert compare(ours, ours + step * TOLERANCE / 2) == {"label_flips": 0, "largest_difference": pytest.approx(TOLERANCE / 2)}
+    assert compare(ours, ours + step * TOLERANCE / 2, classes=True) == {
+        "label_flips": 0,
+        "largest_difference": pytest.approx(TOLERANCE / 2),
+    }
     with pytest.raises(Exception, match="different labels for 1 test rows, the first is row 1"):
-        compare(ours, ours - step * TOLERANCE / 2)
+        compare(ours, ours - step * TOLERANCE / 2, classes=True)
     with pytest.raises(Exception, match=f"differs by {2 * TOLERANCE:.2g} .* {TOLERANCE:g} is allowed"):
-        compare(ours, ours + step * TOLERANCE * 2)
+        compare(ours, ours + step * TOLERANCE * 2, classes=True)
     with pytest.raises(Exception, match="differs by nan"):
-        compare(ours, np.vstack([ours[:1], [[np.nan, 0]]]))
+        compare(ours, np.vstack([ours[:1], [[np.nan, 0]]]), classes=True)
 
 
 def test_a_damaged_mirror_stops_the_pipeline(tmp_path: Path) -> None:
@@ -247,79 +259,3 @@ def test_a_damaged_mirror_stops_the_pipeline(tmp_path: Path) -> None:
     assert f"{name}.gz is damaged: expected SHA-256 {expected}, found {hashlib.sha256(damaged).hexdigest()}" in ended.stdout
     assert "Traceback" not in ended.stdout
     assert [path for folder in ("raw", "prepared") for path in (fresh / "data" / folder).rglob("*") if path.is_file()] == []
-
-
-# What a fourth model takes
-
-FOURTH = {
-    "contract.py": """
-from models.contract import Contract, Feature, Input, Output
-
-CONTRACT = Contract(
-    description="Which of two numbers is larger.",
-    input=Input(name="pair", datatype="FP32", shape=(2,), features=(Feature(name="number", unit="", minimum=-1, maximum=1),)),
-    output=Output(name="probabilities", datatype="FP32", shape=(2,)),
-    labels=("first", "second"),
-)
-""",
-    "dataset.py": """
-import numpy as np
-
-from models.dataset import Dataset
-
-
-def load(raw, *, rows):
-    pairs = np.random.default_rng(0).uniform(-1, 1, (rows, 2)).astype(np.float32)
-    larger = pairs.argmax(axis=1)
-    return Dataset(pairs[100:], larger[100:], pairs[:100], larger[:100], "full")
-""",
-    "network.py": """
-from torch import nn
-
-from models.network import Classifier
-
-
-class Network(Classifier):
-    def __init__(self, *, bias):
-        super().__init__()
-        self.layer = nn.Linear(2, 2, bias=bias)
-
-    def logits(self, inputs):
-        return self.layer(inputs)
-""",
-}
-FOURTH_PARAMS = {
-    "prepare": {"rows": 300},
-    "train": {
-        "seed": 0,
-        "device": "cpu",
-        "epochs": 50,
-        "batch_size": 50,
-        "optimizer": {"name": "Adam", "lr": 0.1},
-        "network": {"bias": False},
-    },
-    "export": {"opset": 20},
-    "evaluate": {"gates": {"full": {"accuracy": 0.95}}},
-}
-
-
-def test_a_fourth_model_is_a_folder_and_an_entry(scratch: Path, tmp_path: Path) -> None:
-    """It alone is trained, its model.onnx and card.json alone are served, and either engine gives its card's answers."""
-    folder = scratch / "models" / "larger"
-    folder.mkdir()
-    for file, code in FOURTH.items():
-        (folder / file).write_text(code)
-    edit_params(scratch, larger=FOURTH_PARAMS)
-    assert stages(run("dvc", "repro", cwd=scratch).stdout) == {
-        f"{stage}@larger" for stage in ("prepare", "train", "export", "evaluate")
-    }
-
-    alone = tmp_path / "served" / "larger"
-    alone.mkdir(parents=True)
-    for file in ("model.onnx", "card.json"):
-        shutil.copyfile(folder / file, alone / file)
-    card = read_card(folder)
-    for home, engine, environment in ((alone, "onnxruntime", {}), (folder, "torch", {"PYTHONPATH": str(scratch)})):
-        with serving(home.parent, engine=engine, **environment) as service, Client(service.address) as client:
-            expected = [example.probabilities for example in card.examples]
-            np.testing.assert_allclose(client.infer("larger", card.example_rows()), expected, rtol=0, atol=TOLERANCE)

@@ -35,7 +35,7 @@ def cards(workspace: Path) -> dict[str, Card]:
 
 def answers(card: Card) -> Rows:
     """The probabilities of a card's examples, (examples, classes)."""
-    return np.array([example.probabilities for example in card.examples])
+    return np.array([example.output for example in card.examples])
 
 
 def labels(card: Card) -> list[str]:
