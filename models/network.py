@@ -12,11 +12,15 @@ class Predictor(nn.Module):
     """A network that takes what a person has and answers with values; it is fitted by the mean squared error.
 
     A subclass is called `Network`, lives in `models/<name>/network.py` and is built by `build`.
-    It implements `outputs`; `adapt` and `augment` where it has preprocessing to fit or training rows to vary.
+    It implements `outputs`; `adapt` and `augment` where it has preprocessing to fit or training rows to vary, and `solve` where
+    its weights are found without gradients.
     """
 
     def adapt(self, inputs: Tensor) -> None:
         """Fit the statistics of the preprocessing (means, scales) to the training rows; they become buffers of the state_dict."""
+
+    def solve(self, inputs: Tensor, targets: Tensor) -> None:
+        """Compute the weights from the training rows and their targets; gradient descent, if any, goes on from there."""
 
     def augment(self, inputs: Tensor) -> Tensor:
         """A random variation of a training batch, in the units of the input tensor and of the same shape."""

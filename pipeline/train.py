@@ -24,9 +24,9 @@ class Params(Section, frozen=True, kw_only=True):
 
     seed: int
     device: str  # auto | cpu | cuda
-    epochs: Positive
-    batch_size: Positive  # rows; more than there are means full batches
-    optimizer: dict[str, Any]  # `name`: a class of torch.optim; the rest are its arguments
+    epochs: NotNegative  # of gradient descent; 0 where the network's `solve` has found the weights
+    batch_size: Positive = 2**31  # rows; more than there are means full batches
+    optimizer: dict[str, Any] = msgspec.field(default_factory=dict)  # `name`: a class of torch.optim; the rest are its arguments
     warmup: Share = 0.0  # of all steps in which the learning rate rises; then it falls to 0 along a cosine
     label_smoothing: Share = 0.0
     validation_rows: NotNegative = 0  # so many random training rows are held out, to choose settings by
@@ -113,7 +113,6 @@ def fit(model: str, inputs: np.ndarray, targets: np.ndarray, params: Params, liv
         torch.set_num_threads(params.threads)
     device = choose_device(params.device)
     network = build(model, params.network).to(device)
-    optimizer = build_optimizer(network, params.optimizer)
 
     x, y = torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device)
     if params.validation_rows >= len(x):
@@ -121,7 +120,13 @@ def fit(model: str, inputs: np.ndarray, targets: np.ndarray, params: Params, liv
     held_out, rows = torch.randperm(len(x)).to(device).split([params.validation_rows, len(x) - params.validation_rows])
     validation_x, validation_y, x, y = x[held_out], y[held_out], x[rows], y[rows]
     network.adapt(x)
+    network.solve(x, y)
+    if not params.epochs:
+        if live:
+            log(live, 0, {"train": score(network, x, y)})
+        return network.cpu().eval()
 
+    optimizer = build_optimizer(network, params.optimizer)
     steps = params.epochs * math.ceil(len(x) / params.batch_size)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(params.warmup, steps))
     progress = tqdm(range(params.epochs), desc=f"train {model} on {device.type}", unit="epoch", mininterval=0.5)

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _pool.AddSerializedFile(b'\n\x14proto/fizzbuzz.proto\x12\ntrefoil.v1\" \n\rAnswerRequest\x12\x0f\n\x07numbers\x18\x01 \x03(\x03\"\x1f\n\x0e\x41nswerResponse\x12\r\n\x05words\x18\x01 \x03(\t\"G\n\x0c\x43ountRequest\x12\r\n\x05start\x18\x01 \x01(\x03\x12\x0c\n\x04stop\x18\x02 \x01(\x03\x12\x11\n\x04step\x18\x03 \x01(\x03H\x00\x88\x01\x01\x42\x07\n\x05_step\"-\n\rCountResponse\x12\x0e\n\x06number\x18\x01 \x01(\x03\x12\x0c\n\x04word\x18\x02 \x01(\t2\x8b\x01\n\x08\x46izzBuzz\x12?\n\x06\x41nswer\x12\x19.trefoil.v1.AnswerRequest\x1a\x1a.trefoil.v1.AnswerResponse\x12>\n\x05\x43ount\x12\x18.trefoil.v1.CountRequest\x1a\x19.trefoil.v1.CountResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _pool.AddSerializedFile(b'\n\x14proto/fizzbuzz.proto\x12\ntrefoil.v1\" \n\rAnswerRequest\x12\x0f\n\x07numbers\x18\x01 \x03(\x03\"/\n\x0e\x41nswerResponse\x12\r\n\x05words\x18\x01 \x03(\t\x12\x0e\n\x06models\x18\x02 \x03(\t\"G\n\x0c\x43ountRequest\x12\r\n\x05start\x18\x01 \x01(\x03\x12\x0c\n\x04stop\x18\x02 \x01(\x03\x12\x11\n\x04step\x18\x03 \x01(\x03H\x00\x88\x01\x01\x42\x07\n\x05_step\"<\n\rCountResponse\x12\x0e\n\x06number\x18\x01 \x01(\x03\x12\x0c\n\x04word\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t2\x8b\x01\n\x08\x46izzBuzz\x12?\n\x06\x41nswer\x12\x19.trefoil.v1.AnswerRequest\x1a\x1a.trefoil.v1.AnswerResponse\x12>\n\x05\x43ount\x12\x18.trefoil.v1.CountRequest\x1a\x19.trefoil.v1.CountResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,11 +34,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ANSWERREQUEST']._serialized_start=36
   _globals['_ANSWERREQUEST']._serialized_end=68
   _globals['_ANSWERRESPONSE']._serialized_start=70
-  _globals['_ANSWERRESPONSE']._serialized_end=101
-  _globals['_COUNTREQUEST']._serialized_start=103
-  _globals['_COUNTREQUEST']._serialized_end=174
-  _globals['_COUNTRESPONSE']._serialized_start=176
-  _globals['_COUNTRESPONSE']._serialized_end=221
-  _globals['_FIZZBUZZ']._serialized_start=224
-  _globals['_FIZZBUZZ']._serialized_end=363
+  _globals['_ANSWERRESPONSE']._serialized_end=117
+  _globals['_COUNTREQUEST']._serialized_start=119
+  _globals['_COUNTREQUEST']._serialized_end=190
+  _globals['_COUNTRESPONSE']._serialized_start=192
+  _globals['_COUNTRESPONSE']._serialized_end=252
+  _globals['_FIZZBUZZ']._serialized_start=255
+  _globals['_FIZZBUZZ']._serialized_end=394
 # @@protoc_insertion_point(module_scope)

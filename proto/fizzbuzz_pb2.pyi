@@ -14,10 +14,12 @@ class AnswerRequest(_message.Message):
     def __init__(self, numbers: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class AnswerResponse(_message.Message):
-    __slots__ = ("words",)
+    __slots__ = ("words", "models")
     WORDS_FIELD_NUMBER: _ClassVar[int]
+    MODELS_FIELD_NUMBER: _ClassVar[int]
     words: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, words: _Optional[_Iterable[str]] = ...) -> None: ...
+    models: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, words: _Optional[_Iterable[str]] = ..., models: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class CountRequest(_message.Message):
     __slots__ = ("start", "stop", "step")
@@ -30,9 +32,11 @@ class CountRequest(_message.Message):
     def __init__(self, start: _Optional[int] = ..., stop: _Optional[int] = ..., step: _Optional[int] = ...) -> None: ...
 
 class CountResponse(_message.Message):
-    __slots__ = ("number", "word")
+    __slots__ = ("number", "word", "model")
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     WORD_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
     number: int
     word: str
-    def __init__(self, number: _Optional[int] = ..., word: _Optional[str] = ...) -> None: ...
+    model: str
+    def __init__(self, number: _Optional[int] = ..., word: _Optional[str] = ..., model: _Optional[str] = ...) -> None: ...

@@ -27,7 +27,8 @@ if _version_not_supported:
 
 
 class FizzBuzzStub:
-    """FizzBuzz as a service, with the model `fizzbuzz`.
+    """FizzBuzz as a service. The model `fizzbuzz` answers from 0 to 1023; where `fizzbuzz_any` is loaded too, it answers every other
+    number of 64 bits, negative ones by their magnitude; where it is not, they are refused.
     """
 
     def __init__(self, channel):
@@ -49,7 +50,8 @@ class FizzBuzzStub:
 
 
 class FizzBuzzServicer:
-    """FizzBuzz as a service, with the model `fizzbuzz`.
+    """FizzBuzz as a service. The model `fizzbuzz` answers from 0 to 1023; where `fizzbuzz_any` is loaded too, it answers every other
+    number of 64 bits, negative ones by their magnitude; where it is not, they are refused.
     """
 
     def Answer(self, request, context):
@@ -88,7 +90,8 @@ def add_FizzBuzzServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class FizzBuzz:
-    """FizzBuzz as a service, with the model `fizzbuzz`.
+    """FizzBuzz as a service. The model `fizzbuzz` answers from 0 to 1023; where `fizzbuzz_any` is loaded too, it answers every other
+    number of 64 bits, negative ones by their magnitude; where it is not, they are refused.
     """
 
     @staticmethod

@@ -22,8 +22,8 @@ class Feature(msgspec.Struct, frozen=True):
 
     name: str
     unit: str
-    minimum: float
-    maximum: float
+    minimum: int | float  # no float is 2**63 - 1
+    maximum: int | float
 
 
 class Tensor(msgspec.Struct, frozen=True, dict=True):

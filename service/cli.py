@@ -17,6 +17,7 @@ from service.config import Config
 from service.errors import StartupError
 
 COUNT = click.IntRange(min=1)
+INT64 = range(-(2**63), 2**63)
 
 
 class Refusal(click.ClickException):
@@ -165,7 +166,7 @@ def measurement(name: str) -> str:
 
 def ask_fizzbuzz(client: Client, _model: str, values: tuple[str, ...]) -> Answers:
     """Numbers."""
-    numbers = [number(value, int) for value in values]
+    numbers = [number(value, int64) for value in values]
     answers = client.answer(numbers)
     return [({"number": n, "word": word}, word) for n, word in zip(numbers, answers, strict=True)]
 
@@ -183,18 +184,25 @@ ASK = {"mnist": ask_mnist, "diabetes": ask_diabetes, "fizzbuzz": ask_fizzbuzz}
 
 
 def number(text: str, kind: Callable[[str], Any]) -> Any:
-    """Read an int or a float."""
+    """Read a float or an int64."""
     try:
         return kind(text)
     except ValueError:
-        raise Refusal(f"{text!r} is no {'whole ' if kind is int else ''}number") from None
+        raise Refusal(f"{text!r} is no {'number' if kind is float else 'whole number of 64 bits'}") from None
+
+
+def int64(text: str) -> int:
+    """Read a whole number of 64 bits. Raises ValueError when it is none."""
+    if (value := int(text)) not in INT64:
+        raise ValueError
+    return value
 
 
 @main.command(context_settings={"ignore_unknown_options": True})  # a step may be negative
 @calls
-@click.argument("start", type=int)
-@click.argument("stop", type=int)
-@click.argument("step", type=int, default=1)
+@click.argument("start", type=click.IntRange(INT64[0], INT64[-1]))
+@click.argument("stop", type=click.IntRange(INT64[0], INT64[-1]))
+@click.argument("step", type=click.IntRange(INT64[0], INT64[-1]), default=1)
 def fizzbuzz(client: Client, start: int, stop: int, step: int) -> None:
     """Count from START to STOP, as the service says it.
 

@@ -30,10 +30,14 @@ class Model:
         `where` names the field that they came from, with `{row}` and `{feature}`. Raises InvalidInputError and all that
         Batcher.infer raises.
         """
-        if not 1 <= len(rows) <= self.max_request_rows:
-            raise InvalidInputError(where.partition("[{row}]")[0], f"{len(rows)} rows; a request has 1 to {self.max_request_rows}")
+        self.admit(rows, where)
         self.card.input.check(rows, where)
         return await self.batcher.infer(rows)
+
+    def admit(self, rows: Rows, where: str) -> None:
+        """Raise InvalidInputError when a request of these rows has none or too many; `where` as for `infer`."""
+        if not 1 <= len(rows) <= self.max_request_rows:
+            raise InvalidInputError(where.partition("[{row}]")[0], f"{len(rows)} rows; a request has 1 to {self.max_request_rows}")
 
 
 class Repository:

@@ -15,7 +15,7 @@ from tests.conftest import REPOSITORY, run
 
 
 class Trainable:
-    """A model's fresh network as params.yaml sets it, adapted to its training rows; and those rows."""
+    """A model's fresh network as params.yaml sets it, adapted to its training rows, or solved; and those rows."""
 
     def __init__(self, name: str) -> None:
         self.contract = models.load(name, "contract").CONTRACT
@@ -23,7 +23,9 @@ class Trainable:
             self.rows = dict(rows)
         torch.manual_seed(0)
         self.network = build(name, load_params(name, "train", Params).network).eval()
-        self.network.adapt(torch.from_numpy(self.rows["train_inputs"]))
+        inputs, targets = (torch.from_numpy(self.rows[f"train_{part}"]) for part in ("inputs", "targets"))
+        self.network.adapt(inputs)
+        self.network.solve(inputs, targets)
 
     def answer(self, rows: np.ndarray) -> np.ndarray:
         """(batch, *shape) -> probabilities, (batch, classes)."""

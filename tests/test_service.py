@@ -14,7 +14,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 from PIL import Image
 
 import models
-from proto.fizzbuzz_pb2 import CountRequest
+from proto.fizzbuzz_pb2 import AnswerRequest, CountRequest
 from proto.fizzbuzz_pb2_grpc import FizzBuzzStub
 from proto.inference_pb2 import ModelInferRequest
 from proto.inference_pb2_grpc import GRPCInferenceServiceStub
@@ -142,6 +142,40 @@ def test_fizzbuzz_count(service: Service, channel: grpc.Channel, start: int, sto
     numbers = list(range(start, stop + (1 if (step or 1) > 0 else -1), step or 1))
     with Client(service.address) as client:
         assert counted == list(zip(numbers, client.answer(numbers) if numbers else [], strict=True))
+
+
+@pytest.mark.parametrize("numbers", [[5, 1024, 15, -30, 7], [2**63 - 1, -(2**63), 0, 1023, 2**62 + 1], [-1]])
+def test_fizzbuzz_answers_every_integer(service: Service, channel: grpc.Channel, numbers: list[int]) -> None:
+    """Numbers of any size are answered in the order that was asked: those of ten bits by fizzbuzz, the others by fizzbuzz_any."""
+    expected = ["fizz" * (number % 3 == 0) + "buzz" * (number % 5 == 0) or str(number) for number in numbers]
+    response = FizzBuzzStub(channel).Answer(AnswerRequest(numbers=numbers))
+    assert list(response.words) == expected
+    assert list(response.models) == ["fizzbuzz" if 0 <= number < 1024 else "fizzbuzz_any" for number in numbers]
+    with Client(service.address) as client:
+        assert client.answer(numbers) == expected
+
+
+@pytest.mark.parametrize(
+    ("start", "stop", "step", "models"),
+    [
+        (1021, 1026, 1, ["fizzbuzz"] * 3 + ["fizzbuzz_any"] * 3),
+        (2, -2, -1, ["fizzbuzz"] * 3 + ["fizzbuzz_any"] * 2),
+        (2**63 - 3, 2**63 - 1, 1, ["fizzbuzz_any"] * 3),
+        (-(2**63), 2**63 - 1, 2**63 - 1, ["fizzbuzz_any"] * 3),
+    ],
+)
+def test_fizzbuzz_counts_as_far_as_64_bits_go(channel: grpc.Channel, start: int, stop: int, step: int, models: list[str]) -> None:
+    """A count passes from one model to the other, and says which speaks."""
+    found = list(FizzBuzzStub(channel).Count(CountRequest(start=start, stop=stop, step=step)))
+    assert [each.number for each in found] == [start + i * step for i in range(len(models))]
+    assert [each.model for each in found] == models
+
+
+def test_a_count_without_end_begins_at_once(channel: grpc.Channel) -> None:
+    """A count of more numbers than any memory holds is made as it is read, and ends when the client leaves."""
+    call = FizzBuzzStub(channel).Count(CountRequest(start=1, stop=2**63 - 1))
+    assert [next(call).word for _ in range(5)] == ["1", "2", "fizz", "4", "buzz"]
+    call.cancel()
 
 
 def test_health(channel: grpc.Channel) -> None:
