@@ -40,8 +40,8 @@ class Observer(Protocol):
     def waited(self, seconds: float, /) -> None:
         """A request was in the queue for so long."""
 
-    def ran(self, rows: int, seconds: float, /) -> None:
-        """A batch of so many rows kept the engine busy for so long."""
+    def ran(self, rows: int, requests: int, seconds: float, /) -> None:
+        """A batch of so many rows, of so many requests, kept the engine busy for so long."""
 
 
 class Batcher:
@@ -100,6 +100,18 @@ class Batcher:
                 self._drop(part)
             raise
         return answers[0] if len(answers) == 1 else np.concatenate(answers)
+
+    def take_over(self, run: Callable[[Rows], Rows], *, max_batch_rows: int, inline_rows: int) -> None:
+        """Let another `run` answer from the next batch on; requests that wait keep their places."""
+        with self._lock:
+            self._run, self._max_batch_rows, self._inline_rows = run, max_batch_rows, inline_rows
+
+    async def drain(self) -> None:
+        """Wait until all that waits now has been answered or ended."""
+        with self._lock:
+            waiting = [waiting.future for waiting in self._queue]
+        if waiting:
+            await asyncio.wait(waiting)
 
     async def close(self) -> None:
         """Take no more requests, end those that wait with ShuttingDownError, and let the running batch finish."""
@@ -207,11 +219,11 @@ class Batcher:
             self._start()
 
     def _take(self) -> list[_Waiting]:
-        """The requests of the next batch, oldest first, as many as fit; none when none wait."""
+        """The requests of the next batch, oldest first, as many as fit, one at least; none when none wait."""
         batch: list[_Waiting] = []
         room = self._max_batch_rows
         with self._lock:
-            while self._queue and len(self._queue[0].rows) <= room:
+            while self._queue and (not batch or len(self._queue[0].rows) <= room):
                 waiting = self._pop()
                 if not waiting.future.done():  # it may have been cancelled a moment ago
                     batch.append(waiting)
@@ -236,7 +248,7 @@ class Batcher:
         seconds = time.perf_counter() - started
         self._seconds_per_row = seconds / len(rows)
         if self._observer:
-            self._observer.ran(len(rows), seconds)
+            self._observer.ran(len(rows), len(batch), seconds)
         return answers
 
     def _deliver(self, batch: list[_Waiting], answers: Rows | InternalError) -> None:

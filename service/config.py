@@ -35,6 +35,7 @@ class Config:
     max_message_bytes: int = option(16 * 2**20, "Largest message that is read.", least=1, most=INT)
     grace: float = option(30.0, "Seconds that requests in flight have to finish at shutdown.", least=0)
     metrics_port: int | None = option(None, "Port for Prometheus, 0 for a free one; else nothing is counted.", least=0, most=PORT)
+    watch: float = option(1.0, "Seconds between looks at the model files; new ones are served once verified. 0: never.", least=0)
     token_file: Path | None = option(None, "File with the bearer token that callers must send.")
 
     @property

@@ -3,6 +3,7 @@
 import ctypes
 import io
 import logging
+import pickle
 import time
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -48,6 +49,7 @@ class OnnxEngine:
         options.intra_op_num_threads = config.threads
         options.inter_op_num_threads = 1
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", "/dev/null")  # none from elsewhere
         options.log_severity_level = 3
         providers = ["CUDAExecutionProvider"] * cuda + ["CPUExecutionProvider"]
         try:
@@ -107,7 +109,7 @@ class TorchEngine:
         try:
             network = models.network.build(card.name, card.params["train"].get("network", {}))
             network.load_state_dict(torch.load(io.BytesIO(content), weights_only=True))
-        except (models.UnknownModelError, KeyError, TypeError, RuntimeError, ValueError) as error:
+        except (models.UnknownModelError, pickle.UnpicklingError, KeyError, TypeError, RuntimeError, ValueError, EOFError) as error:
             raise StartupError(f"{folder / 'model.pt'} does not fit models/{card.name}/network.py: {error}") from error
         self._network = network.eval().to(self.device)
         reason = "as demanded" if config.device != "auto" else "torch sees a GPU" if self.device == "cuda" else "torch sees no GPU"

@@ -5,6 +5,7 @@
              InvalidInputError  InvalidInputError   QueueFullError   InternalError
              ModelNotFoundError                     QueueTimeoutError
              ModelUnavailableError                  ShuttingDownError
+             ModelRefusedError (repository RPCs)
              UnauthenticatedError
 
 A client always gets what is wrong, where, and what would be right. What is not listed here is a bug: the log has it with an id, the
@@ -67,6 +68,12 @@ class ModelUnavailableError(ServiceError):
     """The model is known, but not trained or not loaded."""
 
     code = grpc.StatusCode.UNAVAILABLE
+
+
+class ModelRefusedError(ServiceError):
+    """What lies in a model's folder is not fit to be served."""
+
+    code = grpc.StatusCode.FAILED_PRECONDITION
 
 
 class QueueFullError(ServiceError):

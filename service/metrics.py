@@ -26,6 +26,9 @@ class Metrics:
     def failed(self, method: str, code: str) -> None:
         """A call ended with an error."""
 
+    def reloaded(self, model: str, result: str) -> None:
+        """New files of a model were `served` or `refused`."""
+
     def observer(self, model: str) -> "Observer | None":
         """Where a model's batcher writes."""
 
@@ -38,7 +41,7 @@ class Observer:
         self.depth = depth.set  # rows that wait
         self._ran, self._rows = ran.observe, rows.observe
 
-    def ran(self, rows: int, seconds: float) -> None:
+    def ran(self, rows: int, _requests: int, seconds: float) -> None:
         """A batch of so many rows kept the engine busy for so many seconds."""
         self._rows(rows)
         self._ran(seconds)
@@ -56,6 +59,7 @@ class Prometheus(Metrics):
         self._rows = Histogram("trefoil_batch_rows", "Rows of a batch.", ["model"], registry=registry, buckets=ROWS)
         self._depth = Gauge("trefoil_queue_rows", "Rows that wait.", ["model"], registry=registry, multiprocess_mode="livesum")
         self._failures = Counter("trefoil_failures_total", "Calls that ended with an error.", ["method", "code"], registry=registry)
+        self._reloads = Counter("trefoil_reloads_total", "New files of a model.", ["model", "result"], registry=registry)
         self._call = cache(self._calls.labels)  # a label costs as much as an observation
 
     def answered(self, method: str, seconds: float) -> None:
@@ -65,6 +69,10 @@ class Prometheus(Metrics):
     def failed(self, method: str, code: str) -> None:
         """A call ended with an error."""
         self._failures.labels(method, code).inc()
+
+    def reloaded(self, model: str, result: str) -> None:
+        """New files of a model were `served` or `refused`."""
+        self._reloads.labels(model, result).inc()
 
     def observer(self, model: str) -> Observer:
         """Where a model's batcher writes."""

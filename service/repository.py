@@ -1,18 +1,24 @@
 """The models of a folder: which are there, which are loaded, and what stands between a request and its engine."""
 
 import asyncio
+import contextlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter
+from typing import NamedTuple
 
 from service.batcher import Batcher
 from service.card import Card, Rows, read_card
 from service.config import Config
-from service.engine import Engine, load_engine, measure
-from service.errors import InvalidInputError, ModelNotFoundError, ModelUnavailableError, StartupError
-from service.metrics import Metrics, Observer
+from service.engine import Engine, Pace, load_engine, measure
+from service.errors import InvalidInputError, ModelNotFoundError, ModelRefusedError, ModelUnavailableError, StartupError
+from service.metrics import Metrics
+from service.statistics import Statistics
 
 log = logging.getLogger(__name__)
+
+FILES = ("card.json", "model.onnx", "model.pt")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +28,7 @@ class Model:
     card: Card
     engine: Engine
     batcher: Batcher
+    statistics: Statistics
     max_request_rows: int
 
     async def infer(self, rows: Rows, where: str) -> Rows:
@@ -30,9 +37,16 @@ class Model:
         `where` names the field that they came from, with `{row}` and `{feature}`. Raises InvalidInputError and all that
         Batcher.infer raises.
         """
-        self.admit(rows, where)
-        self.card.input.check(rows, where)
-        return await self.batcher.infer(rows)
+        started = perf_counter()
+        ended = self.statistics.fail
+        try:
+            self.admit(rows, where)
+            self.card.input.check(rows, where)
+            answers = await self.batcher.infer(rows)
+            ended = self.statistics.success
+        finally:
+            ended.add(perf_counter() - started)
+        return answers
 
     def admit(self, rows: Rows, where: str) -> None:
         """Raise InvalidInputError when a request of these rows has none or too many; `where` as for `infer`."""
@@ -40,42 +54,154 @@ class Model:
             raise InvalidInputError(where.partition("[{row}]")[0], f"{len(rows)} rows; a request has 1 to {self.max_request_rows}")
 
 
+class Loaded(NamedTuple):
+    """A version of a model that has been verified and warmed up."""
+
+    card: Card
+    engine: Engine
+    pace: Pace
+
+
+Signature = tuple[tuple[int, int, int], ...]  # of each file: time of change, size, inode
+
+
+@dataclass
+class _Folder:
+    """What the repository knows of one model's folder."""
+
+    tried: Signature = ()  # the files that were last loaded or refused
+    seen: Signature = ()  # the files at the latest look
+    reason: str = "not trained: run `dvc repro`"  # why it is not served, or why its newest files are not
+    unloaded: bool = False  # by request; its files are not watched until it is loaded again
+
+
 class Repository:
-    """The models in a folder, by name."""
+    """The models in a folder, by name. Use it from one event loop."""
 
     def __init__(self, config: Config, metrics: Metrics) -> None:
         """Load every trained model. Raises StartupError when none is trained, or one is damaged."""
-        self.known = find(config.models)
-        self.metrics = metrics
-        trained = [name for name in self.known if is_trained(config.models / name)]
-        self._models = {name: load(config.models / name, config, metrics.observer(name)) for name in trained}
-        if not self._models:
-            raise StartupError(f"no trained model in {config.models}: run `dvc repro`, or name another folder with --models")
+        self.config, self.metrics = config, metrics
+        self._models: dict[str, Model] = {}
+        self._folders = {name: _Folder() for name in find(self.config.models)}
+        self._loading = asyncio.Lock()  # one at a time: it is work for the CPU
         for name in self.known:
-            if name not in self._models:
+            if is_trained(self.config.models / name):
+                self._folders[name].tried = signature(self.config.models / name)
+                self._serve(name, load(self.config.models / name, self.config))
+            else:
                 log.warning("%s: not trained, not served; run `dvc repro` to train it", name)
+        if not self._models:
+            raise StartupError(f"no trained model in {self.config.models}: run `dvc repro`, or name another folder with --models")
+
+    @property
+    def known(self) -> list[str]:
+        """Names of all models in the folder, loaded or not."""
+        return sorted(self._folders)
 
     def names(self) -> list[str]:
         """Names of the models that are loaded."""
-        return list(self._models)
+        return sorted(self._models)
+
+    def reason(self, name: str) -> str:
+        """Why a model is not served, or why its newest files are not; empty when all is well."""
+        return self._folders[name].reason
 
     def get(self, name: str, version: str = "") -> Model:
         """The loaded model of that name; an empty version is the one served.
 
-        Raises ModelNotFoundError when it or the version is unknown, ModelUnavailableError when it is not trained.
+        Raises ModelNotFoundError when it or the version is unknown, ModelUnavailableError when it is not loaded.
         """
-        if name not in self.known:
-            raise ModelNotFoundError(f"there is no model {name!r}; known are {', '.join(self.known)}")
-        if name not in self._models:
-            raise ModelUnavailableError(f"model {name!r} is known, but not trained: run `dvc repro` and start the service again")
-        model = self._models[name]
+        model = self._models.get(name)
+        if model is None:
+            if name not in self._folders:
+                raise ModelNotFoundError(f"there is no model {name!r}; known are {', '.join(self.known)}")
+            raise ModelUnavailableError(f"model {name!r} is known, but not served: {self.reason(name)}")
         if version not in ("", model.card.version):
             raise ModelNotFoundError(f"model {name!r} has no version {version!r}; version {model.card.version!r} is served")
         return model
 
+    async def load(self, name: str) -> None:
+        """Verify what now lies in a model's folder, and let it take over between two batches; until then the old one answers.
+
+        Raises ModelNotFoundError, and ModelRefusedError when the files are not fit to be served.
+        """
+        folder = self.config.models / name
+        if name not in self._folders and name not in find(self.config.models):
+            raise ModelNotFoundError(f"there is no model {name!r} in the folder; known are {', '.join(self.known)}")
+        known = self._folders.setdefault(name, _Folder())
+        async with self._loading:
+            known.tried, known.unloaded = signature(folder), False
+            try:
+                loaded = await asyncio.to_thread(load, folder, self.config)
+                self._serve(name, loaded)
+            except StartupError as error:
+                known.reason = str(error)
+                self.metrics.reloaded(name, "refused")
+                before = "; the version before goes on" if name in self._models else ""
+                log.error("%s: refused: %s%s", name, error, before)  # noqa: TRY400  a sentence, not a traceback
+                raise ModelRefusedError(f"model {name!r} is refused: {error}{before}") from error
+        self.metrics.reloaded(name, "served")
+        log.info("%s: serving what commit %s has trained", name, loaded.card.git_commit[:12])
+
+    async def unload(self, name: str) -> None:
+        """Serve a model no more; requests that have come are answered. Raises ModelNotFoundError."""
+        if name not in self._folders:
+            raise ModelNotFoundError(f"there is no model {name!r}; known are {', '.join(self.known)}")
+        self._folders[name].unloaded, self._folders[name].reason = True, "unloaded by request; load it to serve it again"
+        if model := self._models.pop(name, None):
+            log.info("%s: unloaded", name)
+            await model.batcher.drain()
+            await model.batcher.close()
+
+    async def follow(self, *, at_once: bool = False) -> None:
+        """Load every model whose files have changed and then, unless `at_once`, stayed as they are since the last look.
+
+        What is not fit to be served is in the log.
+        """
+        for name in find(self.config.models):
+            known, now = self._folders.setdefault(name, _Folder()), signature(self.config.models / name)
+            settled, known.seen = now == known.seen or at_once, now
+            if settled and now != known.tried and not known.unloaded and is_trained(self.config.models / name):
+                with contextlib.suppress(ModelRefusedError):
+                    await self.load(name)
+
     async def close(self) -> None:
         """End all queues."""
         await asyncio.gather(*(model.batcher.close() for model in self._models.values()))
+
+    def _serve(self, name: str, loaded: Loaded) -> None:
+        """Let a version take over. Raises StartupError when its tensors or labels are not those that callers know."""
+        card, engine, pace = loaded
+        config, before = self.config, self._models.get(name)
+        if before and tensors(before.card) != tensors(card):
+            raise StartupError(
+                f"its tensors or labels are not those that are served: {tensors(card)} instead of {tensors(before.card)}; "
+                "unload the model first, or start the service anew"
+            )
+        if before:
+            statistics, batcher = before.statistics, before.batcher
+            batcher.take_over(engine.run, max_batch_rows=pace.batch_rows, inline_rows=pace.inline_rows)
+        else:
+            statistics = Statistics(self.metrics.observer(name))
+            batcher = Batcher(
+                engine.run,
+                max_batch_rows=pace.batch_rows,
+                max_queue_rows=config.max_queue_rows,
+                queue_timeout=config.queue_timeout,
+                max_delay=config.max_delay,
+                inline_rows=pace.inline_rows,
+                observer=statistics,
+            )
+        self._models[name] = Model(
+            card=card, engine=engine, batcher=batcher, statistics=statistics, max_request_rows=config.max_request_rows
+        )
+        self._folders[name].reason = ""
+
+
+def tensors(card: Card) -> tuple[object, ...]:
+    """What callers rely on: names, datatypes and shapes of the tensors, and the labels."""
+    tensor = [(part.name, part.datatype, part.shape) for part in (card.input, card.output)]
+    return (*tensor, card.labels)
 
 
 def find(folder: Path) -> list[str]:
@@ -90,20 +216,19 @@ def is_trained(folder: Path) -> bool:
     return (folder / "card.json").is_file()
 
 
-def load(folder: Path, config: Config, observer: Observer | None) -> Model:
-    """Load one trained model. Raises StartupError when a file is missing or damaged, or the card is another model's."""
+def signature(folder: Path) -> Signature:
+    """Changes when one of a model's files is replaced or written to."""
+    stats = [(folder / name).stat() for name in FILES if (folder / name).is_file()]
+    return tuple((stat.st_mtime_ns, stat.st_size, stat.st_ino) for stat in stats)
+
+
+def load(folder: Path, config: Config) -> Loaded:
+    """Load, verify and warm up one trained model.
+
+    Raises StartupError when a file is missing or damaged, the card is another model's, or the model does not give its answers.
+    """
     card = read_card(folder)
     if card.name != folder.name:
         raise StartupError(f"{folder / 'card.json'} is the card of {card.name!r}: name the folder so")
     engine = load_engine(folder, card, config)
-    pace = measure(engine, card.example_rows(), config.max_batch_rows)
-    batcher = Batcher(
-        engine.run,
-        max_batch_rows=pace.batch_rows,
-        max_queue_rows=config.max_queue_rows,
-        queue_timeout=config.queue_timeout,
-        max_delay=config.max_delay,
-        inline_rows=pace.inline_rows,
-        observer=observer,
-    )
-    return Model(card=card, engine=engine, batcher=batcher, max_request_rows=config.max_request_rows)
+    return Loaded(card, engine, measure(engine, card.example_rows(), config.max_batch_rows))

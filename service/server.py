@@ -95,9 +95,10 @@ class Health(health.aio.HealthServicer):  # type: ignore[misc]  # it comes witho
 class Server:
     """A gRPC server bound to a port."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, relay: Callable[[str], None] = lambda _: None) -> None:
         """Load the models, build all faces and bind the port; call it in a running event loop.
 
+        `relay` gets `load NAME` or `unload NAME` when a client asked for it and it was done, for other processes to do the same.
         Raises StartupError when a model cannot be loaded or the port is taken.
         """
         interceptors = (BearerToken(config.token_file),) if config.token_file else ()
@@ -106,8 +107,11 @@ class Server:
         options = {"grpc.so_reuseport": int(config.workers > 1), "grpc.max_receive_message_length": config.max_message_bytes}
         self._server = grpc.aio.server(interceptors=interceptors, options=list(options.items()))
         self._health = Health()
+        self._relay = relay
         self.stopping = asyncio.Event()
-        inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(InferenceServicer(self.repository), self._server)
+        inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(
+            InferenceServicer(self.repository, self.command), self._server
+        )
         digits_pb2_grpc.add_DigitsServicer_to_server(DigitsServicer(self.repository), self._server)
         diabetes_pb2_grpc.add_DiabetesServicer_to_server(DiabetesServicer(self.repository), self._server)
         fizzbuzz_pb2_grpc.add_FizzBuzzServicer_to_server(FizzBuzzServicer(self.repository), self._server)
@@ -120,8 +124,33 @@ class Server:
     async def start(self) -> None:
         """Accept calls; health says which models are served."""
         await self._server.start()
-        for name in ("", *self.repository.known):
-            await self.set_health(name, serving=name in ("", *self.repository.names()))
+        await self.set_health("", serving=True)
+        await self._tell_health()
+        self._watching = asyncio.create_task(self._watch())
+
+    async def command(self, line: str, *, relayed: bool = False) -> None:
+        """Obey `load NAME` or `unload NAME`. Raises what Repository.load and unload raise."""
+        verb, name = line.split(maxsplit=1)
+        await (self.repository.load(name) if verb == "load" else self.repository.unload(name))
+        await self._tell_health()
+        if not relayed:
+            self._relay(line)
+
+    async def follow(self, *, at_once: bool = False) -> None:
+        """Serve new model files; see Repository.follow."""
+        await self.repository.follow(at_once=at_once)
+        await self._tell_health()
+
+    async def _watch(self) -> None:
+        """Follow the model files for ever."""
+        while self.config.watch:
+            await asyncio.sleep(self.config.watch)
+            await self.follow()
+
+    async def _tell_health(self) -> None:
+        """Say which models are served now."""
+        for name in self.repository.known:
+            await self.set_health(name, serving=name in self.repository.names())
 
     async def set_health(self, name: str, *, serving: bool) -> None:
         """What the health service says of a name."""
@@ -131,12 +160,18 @@ class Server:
         """Wait for SIGTERM, SIGINT or `stopping`, then stop."""
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self.stopping.set)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._hangup)
         await self.stopping.wait()
         log.info("shutting down: requests in flight have %g s to finish", self.config.grace)
         await self.stop()
 
+    def _hangup(self) -> None:
+        """SIGHUP: look at the model files now."""
+        self._following = asyncio.create_task(self.follow(at_once=True))
+
     async def stop(self) -> None:
         """Say NOT_SERVING, refuse new calls, let those in flight finish within the grace, then end."""
+        self._watching.cancel()
         await self._health.end()
         await asyncio.sleep(SETTLE)
         await self._server.stop(self.config.grace)

@@ -1,8 +1,10 @@
 """Several processes on one port: a small parent starts them, replaces what dies and drains all on SIGTERM.
 
-    parent  --stdin: "3 of 4" whenever that changes; its end means stop-->  worker
-    parent  <--stdout: the names of its models, once it accepts calls--     worker
+    parent  --stdin: "3 of 4" whenever that changes; its end means stop-->       worker
+            --stdin: "load NAME", "unload NAME": another worker was asked to-->
+    parent  <--stdout: the names of its models, once it accepts calls--          worker
             <--stdout: "! " and why it cannot start--
+            <--stdout: "load NAME", "unload NAME": a client asked, and it is done--
 
 Each worker (`python -m service.workers CONFIG`) listens with SO_REUSEPORT and has engines of its own; the kernel spreads the
 connections.
@@ -19,13 +21,14 @@ import time
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import msgspec
 
 from service.config import Config
-from service.errors import StartupError
+from service.errors import ServiceError, StartupError
 from service.metrics import Sum, tell
 from service.port import hold
 
@@ -54,6 +57,7 @@ class Workers:
         """
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self._stopping.set)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._signal, signal.SIGHUP)
         if self._sum:
             self.config = replace(self.config, metrics_port=tell(self._sum.registry, self.config))
         try:
@@ -83,11 +87,20 @@ class Workers:
         self._tell()
         return line.split()
 
+    async def _relay(self, process: Process) -> None:
+        """Let the other workers do what a client asked one of them to do."""
+        assert process.stdout is not None  # noqa: S101  for the type checker: it is a PIPE
+        while line := await process.stdout.readline():
+            for other in self._running.values():
+                if other is not process:
+                    _write(other, line)
+
     async def _keep(self, index: int) -> None:
         """Replace one worker whenever it dies, until the end."""
         backoff, since = BACKOFF[0], time.monotonic()
         while True:
             process = self._running[index]
+            await self._relay(process)
             status = await process.wait()
             del self._running[index]
             if self._stopping.is_set():
@@ -110,14 +123,23 @@ class Workers:
     def _tell(self) -> None:
         """Let every worker know how many there are, for its health service."""
         for process in self._running.values():
-            if process.stdin and not process.stdin.is_closing():
-                process.stdin.write(f"{len(self._running)} of {self.config.workers}\n".encode())
+            _write(process, f"{len(self._running)} of {self.config.workers}\n".encode())
 
     def _terminate(self) -> None:
         """Ask every worker to drain and end."""
+        self._signal(signal.SIGTERM)
+
+    def _signal(self, number: signal.Signals) -> None:
+        """Send a signal to every worker."""
         for process in self._running.values():
             with contextlib.suppress(ProcessLookupError):
-                process.terminate()
+                process.send_signal(number)
+
+
+def _write(process: Process, line: bytes) -> None:
+    """Tell a worker something, unless it is about to end."""
+    if process.stdin and not process.stdin.is_closing():
+        process.stdin.write(line)
 
 
 async def serve(config: Config, ready: Callable[[Config, Iterable[str]], None]) -> None:
@@ -131,14 +153,18 @@ async def work(config: Config) -> None:
 
     told = asyncio.StreamReader()
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(told), sys.stdin)
-    server = Server(config)
+    server = Server(config, relay=partial(print, flush=True))
     await server.start()
     print(*server.repository.names(), flush=True)
 
     async def listen() -> None:
         while line := await told.readline():
-            present, _, count = line.decode().split()
-            await server.set_health("workers", serving=present == count)
+            first, *_, last = line.decode().split()
+            if first in ("load", "unload"):
+                with contextlib.suppress(ServiceError):  # it is in the log
+                    await server.command(line.decode().strip(), relayed=True)
+            else:
+                await server.set_health("workers", serving=first == last)
         server.stopping.set()
 
     async with asyncio.TaskGroup() as tasks:

@@ -1,30 +1,51 @@
 """inference.GRPCInferenceService: the Open Inference Protocol, for every model."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from importlib.metadata import version
 from time import perf_counter
 from typing import Any
 
 from proto import inference_pb2_grpc
 from proto.inference_pb2 import (
+    InferBatchStatistics,
+    InferStatistics,
+    ModelConfig,
+    ModelConfigRequest,
+    ModelConfigResponse,
+    ModelDynamicBatching,
     ModelInferRequest,
     ModelInferResponse,
+    ModelInput,
     ModelMetadataRequest,
     ModelMetadataResponse,
+    ModelOutput,
     ModelReadyRequest,
     ModelReadyResponse,
+    ModelStatistics,
+    ModelStatisticsRequest,
+    ModelStatisticsResponse,
     ModelStreamInferResponse,
+    RepositoryIndexRequest,
+    RepositoryIndexResponse,
+    RepositoryModelLoadRequest,
+    RepositoryModelLoadResponse,
+    RepositoryModelUnloadRequest,
+    RepositoryModelUnloadResponse,
     ServerLiveRequest,
     ServerLiveResponse,
     ServerMetadataRequest,
     ServerMetadataResponse,
     ServerReadyRequest,
     ServerReadyResponse,
+    StatisticDuration,
 )
 from service.card import Tensor
-from service.errors import ModelUnavailableError, answers, known, streams
+from service.config import Config
+from service.errors import InvalidInputError, ModelUnavailableError, answers, known, streams
+from service.repository import Model, Repository
 from service.servicers import Face
+from service.statistics import Duration
 from service.tensors import WHERE, decode, encode
 
 STREAM_WINDOW = 64  # requests of one stream that are answered at a time; more are not read
@@ -32,6 +53,11 @@ STREAM_WINDOW = 64  # requests of one stream that are answered at a time; more a
 
 class InferenceServicer(Face, inference_pb2_grpc.GRPCInferenceServiceServicer):
     """Answers with whichever model is asked for."""
+
+    def __init__(self, repository: Repository, command: Callable[[str], Awaitable[None]]) -> None:
+        """`command` obeys `load NAME` and `unload NAME`."""
+        super().__init__(repository)
+        self._command = command
 
     @answers
     async def ServerLive(self, _request: ServerLiveRequest, _context: Any) -> ServerLiveResponse:  # noqa: N802
@@ -74,6 +100,52 @@ class InferenceServicer(Face, inference_pb2_grpc.GRPCInferenceServiceServicer):
     async def ModelInfer(self, request: ModelInferRequest, _context: Any) -> ModelInferResponse:  # noqa: N802
         """One batch in, one batch out."""
         return await self._infer(request)
+
+    @answers
+    async def ModelConfig(self, request: ModelConfigRequest, _context: Any) -> ModelConfigResponse:  # noqa: N802
+        """How a model is batched."""
+        model, config = self._repository.get(request.name, request.version), self._repository.config
+        return ModelConfigResponse(config=describe(model, config))
+
+    @answers
+    async def ModelStatistics(self, request: ModelStatisticsRequest, _context: Any) -> ModelStatisticsResponse:  # noqa: N802
+        """What one model or, without a name, each has done in this process."""
+        names = [request.name] if request.name else self._repository.names()
+        return ModelStatisticsResponse(model_stats=[count(self._repository.get(name, request.version)) for name in names])
+
+    @answers
+    async def RepositoryIndex(self, request: RepositoryIndexRequest, _context: Any) -> RepositoryIndexResponse:  # noqa: N802
+        """All models of the folder."""
+        served = self._repository.names()
+        return RepositoryIndexResponse(
+            models=[
+                RepositoryIndexResponse.ModelIndex(
+                    name=name,
+                    version=self._repository.get(name).card.version if name in served else "",
+                    state="READY" if name in served else "UNAVAILABLE",
+                    reason=self._repository.reason(name),
+                )
+                for name in (served if request.ready else self._repository.known)
+            ]
+        )
+
+    @answers
+    async def RepositoryModelLoad(  # noqa: N802
+        self, request: RepositoryModelLoadRequest, _context: Any
+    ) -> RepositoryModelLoadResponse:
+        """Serve what now lies in a model's folder."""
+        refuse_parameters(request)
+        await self._command(f"load {request.model_name}")
+        return RepositoryModelLoadResponse()
+
+    @answers
+    async def RepositoryModelUnload(  # noqa: N802
+        self, request: RepositoryModelUnloadRequest, _context: Any
+    ) -> RepositoryModelUnloadResponse:
+        """Serve a model no more."""
+        refuse_parameters(request)
+        await self._command(f"unload {request.model_name}")
+        return RepositoryModelUnloadResponse()
 
     @streams
     async def ModelStreamInfer(  # noqa: N802
@@ -120,3 +192,50 @@ class InferenceServicer(Face, inference_pb2_grpc.GRPCInferenceServiceServicer):
 def metadata(tensor: Tensor) -> ModelMetadataResponse.TensorMetadata:
     """A tensor with its batch axis."""
     return ModelMetadataResponse.TensorMetadata(name=tensor.name, datatype=tensor.datatype, shape=[-1, *tensor.shape])
+
+
+def refuse_parameters(request: RepositoryModelLoadRequest | RepositoryModelUnloadRequest) -> None:
+    """Raise InvalidInputError for a parameter that would be ignored; Triton's `unload_dependents` means nothing here."""
+    for name in request.parameters:
+        if name != "unload_dependents":
+            raise InvalidInputError(f"parameters[{name!r}]", "not known: models come from the service's folder as they are")
+
+
+def describe(model: Model, config: Config) -> ModelConfig:
+    """A model as Triton's configuration would have it."""
+    card = model.card
+    return ModelConfig(
+        name=card.name,
+        platform=model.engine.platform,
+        backend=config.engine,
+        max_batch_size=config.max_request_rows,
+        input=[ModelInput(name=card.input.name, data_type=f"TYPE_{card.input.datatype}", dims=card.input.shape)],
+        output=[ModelOutput(name=card.output.name, data_type=f"TYPE_{card.output.datatype}", dims=card.output.shape)],
+        dynamic_batching=ModelDynamicBatching(max_queue_delay_microseconds=round(config.max_delay * 1e6)),
+    )
+
+
+def count(model: Model) -> ModelStatistics:
+    """A model's statistics in Triton's terms. Input and output are not copied apart from the run: their durations stay empty."""
+    found = model.statistics
+    return ModelStatistics(
+        name=model.card.name,
+        version=model.card.version,
+        last_inference=round(found.last * 1e3),
+        inference_count=found.rows,
+        execution_count=sum(batch.count for batch in found.batches.values()),
+        inference_stats=InferStatistics(
+            success=duration(found.success),
+            fail=duration(found.fail),
+            queue=duration(found.queue),
+            compute_infer=duration(found.compute),
+        ),
+        batch_stats=[
+            InferBatchStatistics(batch_size=rows, compute_infer=duration(batch)) for rows, batch in sorted(found.batches.items())
+        ],
+    )
+
+
+def duration(found: Duration) -> StatisticDuration:
+    """How often, and nanoseconds in all."""
+    return StatisticDuration(count=found.count, ns=round(found.seconds * 1e9))
