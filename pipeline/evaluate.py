@@ -71,17 +71,18 @@ def cross_validate(model: str, inputs: np.ndarray, targets: np.ndarray, folds: i
     return {name: {"mean": float(np.mean(values)), "std": float(np.std(values, ddof=1))} for name, values in table.items()}
 
 
-def check_gates(metrics: dict[str, Any], gates: dict[str, float]) -> None:
+def check_gates(metrics: dict[str, Any], at_least: dict[str, float], at_most: dict[str, float] | None = None) -> None:
     """Raise PipelineError that names every metric which misses its bound."""
     missed = []
-    for name, bound in gates.items():
+    bounds = [(*gate, "below", 1) for gate in at_least.items()] + [(*gate, "above", -1) for gate in (at_most or {}).items()]
+    for name, bound, side, sign in bounds:
         value: Any = metrics
         for key in name.split("."):
             if not isinstance(value, dict) or key not in value:
                 raise PipelineError(f"params.yaml: gate {name!r} names no metric; there are {', '.join(metrics)}")
             value = value[key]
-        if not value >= bound:
-            missed.append(f"{name} is {value:.4f}, below its bound {bound:.4f}")
+        if not sign * value >= sign * bound:
+            missed.append(f"{name} is {value:.4f}, {side} its bound {bound:.4f}")
     if missed:
         raise PipelineError("quality gate missed: " + "; ".join(missed))
 
