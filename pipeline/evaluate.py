@@ -9,14 +9,12 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
-from msgspec.structs import replace
-from sklearn.model_selection import StratifiedKFold
 
 import models
 from pipeline.metrics import is_classified, measure, roc
-from pipeline.stage import NotNegative, PipelineError, Section, folder, load_params, load_rows, main
+from pipeline.stage import PipelineError, Section, folder, load_params, load_rows, main
 from pipeline.train import Params as TrainParams
-from pipeline.train import build, fit
+from pipeline.train import build
 
 TOLERANCE = 1e-5  # largest difference between torch and onnxruntime: of a probability, or of a value as a share of the largest
 
@@ -25,7 +23,6 @@ class Params(Section, frozen=True, kw_only=True):
     """Section `evaluate` of params.yaml."""
 
     gates: dict[str, dict[str, float]]  # data set (full, sample) -> metric, dotted -> the least that passes
-    folds: NotNegative = 0  # of a stratified cross-validation over the training rows, at the settings of `train`; 0 does none
 
 
 def with_torch(model: str, inputs: np.ndarray) -> np.ndarray:
@@ -53,22 +50,6 @@ def compare(ours: np.ndarray, theirs: np.ndarray, *, classes: bool) -> dict[str,
     if not difference <= allowed:
         raise PipelineError(f"an answer differs by {difference:.2g} between torch and onnxruntime; {allowed:g} is allowed")
     return {"label_flips": len(flips), "largest_difference": difference}
-
-
-def cross_validate(model: str, inputs: np.ndarray, targets: np.ndarray, folds: int) -> dict[str, dict[str, float]]:
-    """Mean and standard deviation over the folds of each metric on the rows left out."""
-    params = load_params(model, "train", TrainParams)
-    if not 2 <= folds <= np.bincount(targets).min():  # noqa: PLR2004
-        raise PipelineError(f"params.yaml: models.{model}.evaluate.folds: {folds} folds cannot be; every class needs a row in each")
-    scores = []
-    for fold, (fitted, left_out) in enumerate(
-        StratifiedKFold(folds, shuffle=True, random_state=params.seed).split(inputs, targets)
-    ):
-        network = fit(model, inputs[fitted], targets[fitted], replace(params, seed=params.seed + fold))
-        with torch.inference_mode():
-            scores.append(measure(network(torch.from_numpy(inputs[left_out])).numpy(), targets[left_out]))
-    table = {name: [score[name] for score in scores] for name in scores[0] if name != "rows"}
-    return {name: {"mean": float(np.mean(values)), "std": float(np.std(values, ddof=1))} for name, values in table.items()}
 
 
 def check_gates(metrics: dict[str, Any], at_least: dict[str, float], at_most: dict[str, float] | None = None) -> None:
@@ -120,8 +101,6 @@ def evaluate(model: str) -> None:
     answers = with_onnxruntime(model, data["test_inputs"])
     agreement = compare(with_torch(model, data["test_inputs"]), answers, classes=is_classified(targets))
     metrics: dict[str, Any] = {"data": source, **measure(answers, targets), **agreement}
-    if params.folds:
-        metrics["cross_validation"] = cross_validate(model, data["train_inputs"], data["train_targets"], params.folds)
     (folder(model) / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
 
     plot(model, answers, targets)
