@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.nn.functional import cross_entropy
 
-from models.network import Classifier
+from models.network import Predictor
 from pipeline.evaluate import check_gates, write_csv
 from pipeline.rivals import RIVALS
 from pipeline.stage import NotNegative, PipelineError, Section, folder, load_params, load_rows, main
@@ -90,29 +90,29 @@ def settings(model: str, changes: Changes) -> TrainParams:
         raise PipelineError(f"params.yaml: models.{model}.cross_validate: train cannot be changed by {changes}: {error}") from error
 
 
-class Logits(nn.Module):
-    """A network whose call gives logits."""
+class Outputs(nn.Module):
+    """A network whose call gives what the loss is taken of."""
 
-    def __init__(self, network: Classifier) -> None:
+    def __init__(self, network: Predictor) -> None:
         super().__init__()
         self.network = network
 
     def forward(self, inputs: Tensor) -> Tensor:
         """(batch, ...) -> (batch, classes)."""
-        return self.network.logits(inputs)
+        return self.network.outputs(inputs)
 
 
-class Many(Classifier):
-    """Networks of one kind as one, with their weights stacked; its logits are (networks, batch, classes)."""
+class Many(Predictor):
+    """Networks of one kind as one, with their weights stacked; its outputs are (networks, batch, classes)."""
 
-    def __init__(self, networks: Sequence[Classifier]) -> None:
+    def __init__(self, networks: Sequence[Predictor]) -> None:
         super().__init__()
-        single = [Logits(network) for network in networks]
+        single = [Outputs(network) for network in networks]
         weights, self.state = stack_module_state(single)  # each (networks, ...)
         self.names, self.weights = list(weights), nn.ParameterList(weights.values())
         self.call = partial(functional_call, single[0])
 
-    def logits(self, inputs: Tensor) -> Tensor:
+    def outputs(self, inputs: Tensor) -> Tensor:
         """(batch, ...) -> (networks, batch, classes)."""
         weights = dict(zip(self.names, self.weights, strict=True))
         answers: Tensor = vmap(lambda *one: self.call(one, inputs))(weights, self.state)
@@ -153,14 +153,14 @@ def fit_together(model: str, x: Tensor, y: Tensor, training: Tensor, params: Tra
     share = training / training.sum(dim=1, keepdim=True)  # (networks, rows): the weight of a row in its network's mean loss
     truth = y.expand(share.shape)
     for _ in range(params.epochs):
-        logits = many.logits(x).transpose(1, 2)  # (networks, classes, rows)
+        logits = many.outputs(x).transpose(1, 2)  # (networks, classes, rows)
         losses = cross_entropy(logits, truth, reduction="none", label_smoothing=params.label_smoothing)  # (networks, rows)
         optimizer.zero_grad()
         (losses * share).sum().backward()
         optimizer.step()
         scheduler.step()
     with torch.no_grad():
-        probabilities: np.ndarray = many.logits(x).softmax(dim=2).numpy()
+        probabilities: np.ndarray = many.outputs(x).softmax(dim=2).numpy()
     return probabilities
 
 
