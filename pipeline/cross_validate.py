@@ -57,9 +57,8 @@ class Params(Section, frozen=True, kw_only=True):
     folds: NotNegative = 10
     inner_folds: NotNegative = 5
     choices: tuple[Changes, ...] = ()  # changes of `train` that the inner cross-validation chooses among
-    rivals: dict[str, Changes] = msgspec.field(
-        default_factory=dict
-    )  # changes of `train` that are judged beside it; pipeline/rivals.py has more
+    # changes of `train` that are judged beside it, by name; pipeline/rivals.py has more
+    rivals: dict[str, Changes] = msgspec.field(default_factory=dict)
     leakage: float = 1.0  # an AUC above it is suspected leakage, and refused
     gates: Gates = Gates()
 
@@ -240,10 +239,7 @@ def cross_validate(model: str) -> None:
         check_leakage(figures, params.leakage)
         check_gates(figures, params.gates.at_least, params.gates.at_most)
         served = figures["models"][SERVED]
-        print(
-            f"{model}: "
-            + ", ".join(f"{name} {served[name]['mean']:.4f}" for name in ("auc", "log_loss", "brier", "ece", "accuracy"))
-        )
+        print(f"{model}: " + ", ".join(f"{name} {figure['mean']:.4f}" for name, figure in served.items()))
 
 
 if __name__ == "__main__":

@@ -61,6 +61,7 @@ def fit_many(model: str, inputs: np.ndarray, targets: np.ndarray, training: np.n
     """
     if params.batch_size < len(inputs) or params.validation_rows:
         raise PipelineError(f"cross-validation trains in full batches: batch_size must be {len(inputs)} or more, validation_rows 0")
+    torch.set_num_threads(1)
     x, y = torch.from_numpy(inputs), torch.from_numpy(targets)
     chunks = range(0, len(training), TOGETHER)
     return np.concatenate(
@@ -143,7 +144,6 @@ class Repeat(NamedTuple):
 
 def cross_validate_once(task: Task, candidates: Sequence[TrainParams], repeat: int) -> Repeat:
     """Ask every model about every row when it is left out; `candidates` are what the served model's settings are chosen from."""
-    torch.set_num_threads(1)
     model, inputs, targets = task[:3]
     first = repeat * task.folds  # other initial weights in each repeat
     candidates = [replace(candidate, seed=candidate.seed + first) for candidate in candidates]
