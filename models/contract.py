@@ -41,9 +41,14 @@ class Output:
 
 @dataclass(frozen=True, kw_only=True)
 class Contract:
-    """What goes into a model, what comes out, and what the columns of the answer are called: classes, or values."""
+    """What goes into a model, what comes out, and what the columns of the answer are called: classes, or values.
+
+    `intended_use` and `warning` are sentences for those who use the answers; empty where the description says all.
+    """
 
     description: str
     input: Input
     output: Output
     labels: tuple[str, ...]
+    intended_use: str = ""
+    warning: str = ""

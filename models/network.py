@@ -16,6 +16,10 @@ class Predictor(nn.Module):
     its weights are found without gradients.
     """
 
+    def missing(self, inputs: Tensor) -> Tensor:
+        """Where an input has no value: booleans of its shape."""
+        return inputs.isnan()
+
     def adapt(self, inputs: Tensor) -> None:
         """Fit the statistics of the preprocessing (means, scales) to the training rows; they become buffers of the state_dict."""
 

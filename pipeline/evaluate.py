@@ -9,14 +9,12 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
-from msgspec.structs import replace
-from sklearn.model_selection import StratifiedKFold
 
 import models
 from pipeline.metrics import calibration, is_classified, measure, roc
-from pipeline.stage import NotNegative, PipelineError, Section, folder, load_params, load_rows, main
+from pipeline.stage import PipelineError, Section, folder, load_params, load_rows, main
 from pipeline.train import Params as TrainParams
-from pipeline.train import build, fit
+from pipeline.train import build
 
 TOLERANCE = 1e-5  # largest difference between torch and onnxruntime: of a probability, or of a value as a share of the largest
 
@@ -25,7 +23,6 @@ class Params(Section, frozen=True, kw_only=True):
     """Section `evaluate` of params.yaml."""
 
     gates: dict[str, dict[str, float]]  # data set (full, sample) -> metric, dotted -> the least that passes
-    folds: NotNegative = 0  # of a stratified cross-validation over the training rows, at the settings of `train`; 0 does none
 
 
 def with_torch(model: str, inputs: np.ndarray) -> np.ndarray:
@@ -55,33 +52,18 @@ def compare(ours: np.ndarray, theirs: np.ndarray, *, classes: bool) -> dict[str,
     return {"label_flips": len(flips), "largest_difference": difference}
 
 
-def cross_validate(model: str, inputs: np.ndarray, targets: np.ndarray, folds: int) -> dict[str, dict[str, float]]:
-    """Mean and standard deviation over the folds of each metric on the rows left out."""
-    params = load_params(model, "train", TrainParams)
-    if not 2 <= folds <= np.bincount(targets).min():  # noqa: PLR2004
-        raise PipelineError(f"params.yaml: models.{model}.evaluate.folds: {folds} folds cannot be; every class needs a row in each")
-    scores = []
-    for fold, (fitted, left_out) in enumerate(
-        StratifiedKFold(folds, shuffle=True, random_state=params.seed).split(inputs, targets)
-    ):
-        network = fit(model, inputs[fitted], targets[fitted], replace(params, seed=params.seed + fold))
-        with torch.inference_mode():
-            scores.append(measure(network(torch.from_numpy(inputs[left_out])).numpy(), targets[left_out]))
-    table = {name: [score[name] for score in scores] for name in scores[0] if name != "rows"}
-    return {name: {"mean": float(np.mean(values)), "std": float(np.std(values, ddof=1))} for name, values in table.items()}
-
-
-def check_gates(metrics: dict[str, Any], gates: dict[str, float]) -> None:
+def check_gates(metrics: dict[str, Any], at_least: dict[str, float], at_most: dict[str, float] | None = None) -> None:
     """Raise PipelineError that names every metric which misses its bound."""
     missed = []
-    for name, bound in gates.items():
+    bounds = [(*gate, "below", 1) for gate in at_least.items()] + [(*gate, "above", -1) for gate in (at_most or {}).items()]
+    for name, bound, side, sign in bounds:
         value: Any = metrics
         for key in name.split("."):
             if not isinstance(value, dict) or key not in value:
                 raise PipelineError(f"params.yaml: gate {name!r} names no metric; there are {', '.join(metrics)}")
             value = value[key]
-        if not value >= bound:
-            missed.append(f"{name} is {value:.4f}, below its bound {bound:.4f}")
+        if not sign * value >= sign * bound:
+            missed.append(f"{name} is {value:.4f}, {side} its bound {bound:.4f}")
     if missed:
         raise PipelineError("quality gate missed: " + "; ".join(missed))
 
@@ -107,7 +89,7 @@ def plot(model: str, answers: np.ndarray, targets: np.ndarray) -> None:
     write_csv(plots / "misread.csv", ("row", "truth", "answer", "probability"), misread)
     for name, header, points in (
         ("roc.csv", ("false_positive_rate", "true_positive_rate"), roc),
-        ("calibration.csv", ("probability", "share"), calibration),
+        ("calibration.csv", ("predicted", "observed"), calibration),
     ):
         write_csv(plots / name, header, points(answers, targets) if is_classified(targets) else [])
 
@@ -122,8 +104,6 @@ def evaluate(model: str) -> None:
     answers = with_onnxruntime(model, data["test_inputs"])
     agreement = compare(with_torch(model, data["test_inputs"]), answers, classes=is_classified(targets))
     metrics: dict[str, Any] = {"data": source, **measure(answers, targets), **agreement}
-    if params.folds:
-        metrics["cross_validation"] = cross_validate(model, data["train_inputs"], data["train_targets"], params.folds)
     (folder(model) / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
 
     plot(model, answers, targets)

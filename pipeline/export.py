@@ -94,6 +94,12 @@ def replace(path: Path, content: bytes) -> None:
     partial.replace(path)
 
 
+def cross_validation(model: str) -> dict[str, Any]:
+    """What the stage cross_validate found of the served model; empty where there was none."""
+    found = json.loads((folder(model) / "cross_validation.json").read_text())
+    return {**{key: found[key] for key in ("rows", "repeats", "folds", "chosen_by")}, **found["models"]["served"]} if found else {}
+
+
 def describe(model: str, network: Predictor) -> dict[str, Any]:
     """The card but for its `files`: the contract, the figures, where the model comes from, and test rows with their answers."""
     contract: Contract = models.load(model, "contract").CONTRACT
@@ -108,6 +114,7 @@ def describe(model: str, network: Predictor) -> dict[str, Any]:
         "version": "1",
         **asdict(contract),
         "metrics": measure(answers, targets),
+        "cross_validation": cross_validation(model),
         "data": {"source": str(data["source"]), "sha256": sha256(prepared(model))},
         "params": params,
         "params_sha256": hashlib.sha256(msgspec.json.encode(params, order="sorted")).hexdigest(),

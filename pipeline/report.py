@@ -144,8 +144,8 @@ PLOTS = (
     curves,
     confusion,
     line("roc.csv", "ROC", "false_positive_rate", "true_positive_rate"),
-    line("calibration.csv", "calibration on the test rows", "probability", "share"),
-    line("cross_validated_calibration.csv", "calibration, cross-validated", "probability", "share"),
+    line("calibration.csv", "calibration on the test rows", "predicted", "observed"),
+    line("cross_validated_calibration.csv", "calibration, cross-validated", "predicted", "observed"),
     optimizers,
     misread,
 )

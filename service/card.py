@@ -101,6 +101,9 @@ class Card(msgspec.Struct, frozen=True):
     git_commit: str
     files: dict[str, str]
     examples: tuple[Example, ...]
+    intended_use: str = ""
+    warning: str = ""
+    cross_validation: dict[str, Any] = msgspec.field(default_factory=dict)
 
     def example_rows(self) -> Rows:
         """The inputs of the examples, (examples, *shape)."""

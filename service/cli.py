@@ -232,6 +232,8 @@ def models(folder: Path) -> None:
             click.echo(f"{'':12} {origin}  commit {card.git_commit[:8]}{card.git_commit[40:]}")
             units = ", ".join(f"{feature.name} ({feature.unit})".removesuffix(" ()") for feature in card.input.features)
             click.echo(f"{'':12} {units} -> {', '.join(card.labels)}")
+            for sentence in filter(None, (card.intended_use, card.warning)):
+                click.echo(f"{'':12} {sentence}")
     except StartupError as error:
         raise Refusal(str(error)) from None
 

@@ -29,6 +29,8 @@ from pipeline.train import Params, build, fit, train
 from service.card import read_card
 from tests.conftest import clone, edit_params, run
 
+TRAINED = ("train", "cross_validate", "export", "evaluate")  # the stages that settings and code of networks concern
+
 every_model = pytest.mark.parametrize("name", models.names())
 OWN = {"fizzbuzz_any": {"prove@fizzbuzz_any"}}  # the stages that only one model has, after those that all have
 
@@ -72,10 +74,10 @@ def test_a_second_repro_runs_nothing(trained: Path) -> None:
 
 @every_model
 def test_a_parameter_concerns_its_model_only(scratch: Path, name: str) -> None:
-    """Another number of epochs trains, exports and evaluates that model again, prepares nothing and touches no other model."""
+    """Another number of epochs runs all stages of that model but `prepare`, and touches no other model."""
     edit_params(scratch, **{f"{name}__train__epochs": 1})
     output = run("dvc", "repro", "--dry", "--force-downstream", cwd=scratch).stdout
-    assert stages(output) == {f"{stage}@{name}" for stage in ("train", "export", "evaluate")} | OWN.get(name, set())
+    assert stages(output) == {f"{stage}@{name}" for stage in TRAINED} | OWN.get(name, set())
 
 
 def test_a_network_concerns_all_that_runs_it(scratch: Path) -> None:
@@ -83,7 +85,7 @@ def test_a_network_concerns_all_that_runs_it(scratch: Path) -> None:
     with (scratch / "models" / "network.py").open("a") as code:
         code.write("# changed\n")
     output = run("dvc", "repro", "--dry", cwd=scratch).stdout
-    general = {f"{stage}@{name}" for stage in ("train", "export", "evaluate") for name in models.names()}
+    general = {f"{stage}@{name}" for stage in TRAINED for name in models.names()}
     assert stages(output) == general.union(*OWN.values())
 
 
@@ -127,6 +129,18 @@ def test_both_files_give_the_answers_of_the_card(trained: Path, name: str) -> No
         assert hashlib.sha256((trained / "models" / name / file).read_bytes()).hexdigest() == card.files[file]
         np.testing.assert_allclose(answer(name, card.example_rows()), expected, rtol=0, atol=TOLERANCE)
     assert {example.target for example in card.examples} == set(card.labels)
+
+
+def test_the_card_tells_how_far_to_trust_the_model(trained: Path) -> None:
+    """The diabetes card has the figures of the cross-validation, what it is for and the warning; `trefoil models` prints these."""
+    card = read_card(trained / "models" / "diabetes")
+    found = json.loads((trained / "models" / "diabetes" / "cross_validation.json").read_text())
+    assert {"rows", "chosen_by", "auc", "log_loss", "brier", "accuracy", "ece"} <= set(card.cross_validation)
+    assert card.cross_validation["auc"] == found["models"]["served"]["auc"]
+    assert "no basis for a diagnosis" in card.warning
+    listed = run("trefoil", "models", cwd=trained).stdout
+    assert card.warning in listed
+    assert card.intended_use in listed
 
 
 @every_model
@@ -214,7 +228,7 @@ ANY = models.names()[0]
         (train, "__train__network", {"hiden": 1}, "'hiden'"),
         (prepare, "__prepare__sampel", 1, "'sampel'"),
         (export, "__export__opste", 1, "unknown field `opste`"),
-        (evaluate, "__evaluate__fold", 5, "unknown field `fold`"),
+        (evaluate, "__evaluate__gate", 5, "unknown field `gate`"),
         (evaluate, "__evaluate__gates", {}, "gates has no entry for the data set"),
     ],
 )

@@ -3,10 +3,9 @@
 from models.contract import Contract, Feature, Input, Output
 
 CONTRACT = Contract(
-    description=(
-        "Estimates the probability of a positive diabetes test within five years from eight measurements. "
-        "768 women of one community are no basis for a diagnosis."
-    ),
+    description="Estimates the probability of a positive diabetes test within five years from eight measurements.",
+    intended_use="Teaching, and comparing methods on a well-known data set; not for decisions about anybody's health.",
+    warning="768 women of one community, measured decades ago, are no basis for a diagnosis.",
     input=Input(
         name="features",
         datatype="FP32",

@@ -1,4 +1,4 @@
-"""The tutorial's 8-6-4-1 sigmoid net, with the preprocessing it was missing inside the graph."""
+"""Two networks for eight measurements with gaps: the default `gaps`, and the `tutorial`'s 8-6-4-1, with preprocessing inside."""
 
 import torch
 from torch import Tensor, nn
@@ -6,23 +6,35 @@ from torch import Tensor, nn
 from models.network import Classifier
 
 ZERO_IS_MISSING = (False, True, True, True, True, True, False, False)  # glucose, blood pressure, skin, insulin, BMI
+FLAGGED = [column for column, flagged in enumerate(ZERO_IS_MISSING) if flagged]
 
 
 class Network(Classifier):
-    """Measurements -> missing ones replaced by the training median -> standardised -> 8-6-4-1 -> P(positive)."""
+    """Measurements -> missing ones replaced by the training median -> standardised -> layers -> P(positive).
+
+    `gaps`: 8 measurements and 5 flags of what was not measured - `hidden` tanh - 1.
+    `tutorial`: 8 - 6 sigmoid - 4 sigmoid - 1, without flags; `hidden` does not concern it.
+    Raises ValueError for another name or no hidden unit.
+    """
 
     zero_is_missing: Tensor
     median: Tensor
     mean: Tensor
     scale: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, *, name: str = "gaps", hidden: int = 16) -> None:
         super().__init__()
+        if name not in ("gaps", "tutorial") or hidden < 1:
+            raise ValueError(f"there is no network {name!r} with {hidden} hidden units; use gaps or tutorial, and at least 1")
         self.register_buffer("zero_is_missing", torch.tensor(ZERO_IS_MISSING), persistent=False)
         self.register_buffer("median", torch.zeros(8))
         self.register_buffer("mean", torch.zeros(8))
         self.register_buffer("scale", torch.ones(8))
-        self.layers = nn.Sequential(nn.Linear(8, 6), nn.Sigmoid(), nn.Linear(6, 4), nn.Sigmoid(), nn.Linear(4, 1))
+        self.flags = name == "gaps"
+        if self.flags:
+            self.layers = nn.Sequential(nn.Linear(8 + len(FLAGGED), hidden), nn.Tanh(), nn.Linear(hidden, 1))
+        else:
+            self.layers = nn.Sequential(nn.Linear(8, 6), nn.Sigmoid(), nn.Linear(6, 4), nn.Sigmoid(), nn.Linear(4, 1))
 
     def missing(self, inputs: Tensor) -> Tensor:
         """(batch, 8) -> (batch, 8): where a measurement was not taken."""
@@ -36,6 +48,9 @@ class Network(Classifier):
 
     def logits(self, inputs: Tensor) -> Tensor:
         """(batch, 8) measurements -> (batch, 2): softmax([0, z]) is [1 - sigmoid(z), sigmoid(z)]."""
-        filled = torch.where(self.missing(inputs), self.median, inputs)
-        positive = self.layers((filled - self.mean) / self.scale)  # (batch, 1)
+        missing = self.missing(inputs)
+        x = (torch.where(missing, self.median, inputs) - self.mean) / self.scale  # (batch, 8)
+        if self.flags:
+            x = torch.cat([x, missing[:, FLAGGED].to(x.dtype)], dim=1)  # (batch, 13)
+        positive = self.layers(x)  # (batch, 1)
         return torch.cat([torch.zeros_like(positive), positive], dim=1)  # (batch, 2)
