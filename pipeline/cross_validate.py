@@ -213,7 +213,7 @@ def candidates_of(task: Task, choices: Sequence[Changes], training_rows: int) ->
 
 
 def cross_validate(model: str) -> None:
-    """Stage: prepared rows -> cross_validation.json, plots/cross_validated_calibration.csv; fails when leakage is suspected or a gate is missed."""
+    """Stage: prepared rows -> cross_validation.json and a plot; fails when leakage is suspected or a gate is missed."""
     params = load_params(model, "cross_validate", Params)
     figures: dict[str, Any] = {}
     points: list[tuple[float, float, int]] = []
