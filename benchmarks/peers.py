@@ -32,8 +32,9 @@ import psutil
 from proto import inference_pb2_grpc
 from proto.inference_pb2 import ModelInferRequest
 from service.bench import Load, Result, build_request, drive, median, started, table
-from service.card import Card, Tensor, read_card
+from service.card import Card, read_card
 from service.engine import TOLERANCE
+from service.triton import export
 
 HERE = Path(__file__).parent
 OURS = HERE / "peers"  # what runs in the environments
@@ -77,29 +78,18 @@ def mlserver(site: Site) -> list[str]:
 
 def triton(site: Site) -> list[str]:
     """The command of tritonserver; writes its model repository, and its stub for this version of Python into the backend."""
-    home, name = site.packages / "pytriton/tritonserver", site.card.name
+    home = site.packages / "pytriton/tritonserver"
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     shutil.copy(home / "python_backend_stubs" / version / "triton_python_backend_stub", home / "backends/python")
-    files = site.folder / name / "1"
-    files.mkdir(parents=True)
-    for source, target in ((OURS / "triton_model.py", "model.py"), (OURS / "session.py", ""), (site.model / "model.onnx", "")):
-        shutil.copy(source, files / target)
-    (site.folder / name / "config.pbtxt").write_text(
-        f'backend: "python" max_batch_size: 1024 dynamic_batching {{ }} instance_group [ {{ count: 1 kind: KIND_CPU }} ]\n'
-        f"input [ {described(site.card.input)} ] output [ {described(site.card.output)} ]\n"
-    )
+    export(site.model.parent, site.folder, backend="python")
+    with (site.folder / site.card.name / "config.pbtxt").open("a") as config:
+        config.write("instance_group [ { count: 1 kind: KIND_CPU } ]\n")
     libraries = f"{sysconfig.get_config_var('LIBDIR')}:{site.packages}/nvidia_pytriton.libs"
     search = [f"LD_LIBRARY_PATH={libraries}", f"PYTHONPATH={site.packages}"]
     ports = ["--grpc-address=127.0.0.1", f"--grpc-port={site.grpc_port}", "--allow-http=false", "--allow-metrics=false"]
     folders = [f"--model-repository={site.folder}", f"--backend-directory={home / 'backends'}", "--disable-auto-complete-config"]
     path = f"PATH={site.environment / 'bin'}:{os.environ['PATH']}"
     return ["env", *search, path, str(home / "bin/tritonserver"), *folders, *ports]
-
-
-def described(tensor: Tensor) -> str:
-    """A tensor as config.pbtxt has it; a row without axes is one number there, and reshaped."""
-    reshape = "" if tensor.shape else " reshape: { shape: [ ] }"
-    return f'{{ name: "{tensor.name}" data_type: TYPE_{tensor.datatype} dims: {list(tensor.shape) or [1]}{reshape} }}'
 
 
 PEERS: Mapping[str, tuple[Sequence[str], Callable[[Site], list[str]]]] = {
@@ -160,7 +150,7 @@ def verify(address: str, request: ModelInferRequest, card: Card) -> None:
     with grpc.insecure_channel(address) as channel:
         response = inference_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer(request, timeout=30)
     found = np.frombuffer(response.raw_output_contents[0], card.output.dtype).reshape(tuple(response.outputs[0].shape))
-    expected = np.resize([example.probabilities for example in card.examples], (request.inputs[0].shape[0], *card.output.shape))
+    expected = np.resize([example.output for example in card.examples], (request.inputs[0].shape[0], *card.output.shape))
     if found.shape != expected.shape or np.abs(found - expected).max() > TOLERANCE:
         raise RuntimeError(f"answers {found}, the card says {expected}")
 

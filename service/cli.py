@@ -238,6 +238,24 @@ def models(folder: Path) -> None:
         raise Refusal(str(error)) from None
 
 
+@main.command("export-triton")
+@click.argument("target", metavar="DIR", type=Path)
+@click.option("--backend", type=click.Choice(["onnxruntime", "python"]), default="onnxruntime", show_default=True)
+@click.option("--models", "folder", type=Path, default=Path("models"), envvar="TREFOIL_MODELS", show_default=True)
+def export_triton(target: Path, backend: str, folder: Path) -> None:
+    """Write the trained models as a model repository of NVIDIA Triton into the new folder DIR.
+
+    With --backend python Triton runs them with the onnxruntime of a Python of its version, where its own backend is not there.
+    """
+    from service.triton import export  # noqa: PLC0415
+
+    try:
+        names = export(folder, target, backend=backend)
+    except (StartupError, OSError) as error:
+        raise Refusal(str(error)) from None
+    click.echo(f"{target}: {', '.join(names)}; try: tritonserver --model-repository={target}")
+
+
 @main.command()
 @click.argument("model", default="fizzbuzz")
 @click.option("--rows", type=COUNT, default=1, show_default=True, help="Rows of a request.")
