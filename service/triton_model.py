@@ -3,12 +3,15 @@
 """The model.py of Triton's python backend: the requests of a batch concatenated, run once by onnxruntime, split again."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 import triton_python_backend_utils as pb
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # it is on by default, from 1.29 on
+import onnxruntime as ort
 
 
 class TritonPythonModel:

@@ -1,5 +1,6 @@
 """What an engine is measured and checked for at load."""
 
+import sys
 from itertools import cycle
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from service.card import Rows, read_card
 from service.config import Config
 from service.engine import BATCH_SECONDS, ENGINES, INLINE_SECONDS, SMALLEST_BATCH, Engine, Pace, load_engine, measure
 from service.errors import StartupError
+from tests.conftest import REPOSITORY, run
 
 
 class FakeEngine:
@@ -76,3 +78,11 @@ def test_model_must_give_the_answers_of_its_card(workspace: Path, engine: str) -
     for examples in ((shifted, *others), (msgspec.structs.replace(first, output=[]), *others[:0])):
         with pytest.raises(StartupError, match=f"{folder}: the model does not give the answers of its card"):
             load_engine(folder, msgspec.structs.replace(card, examples=examples), config)
+
+
+def test_onnxruntime_keeps_to_itself(tmp_path: Path) -> None:
+    """Its telemetry, which is on by default, is off: it leaves no id in the user's home, from where it would be sent on."""
+    for ours in ("service.engine", "pipeline.evaluate"):
+        code = f"import {ours}, onnxruntime; onnxruntime.InferenceSession"
+        run("env", "-u", "CI", "-u", "ORT_DISABLE_TELEMETRY", f"HOME={tmp_path}", sys.executable, "-c", code, cwd=REPOSITORY)
+    assert not any((tmp_path / ".cache").glob("Microsoft*"))

@@ -2,10 +2,13 @@
 # mypy: ignore-errors
 """onnxruntime as every peer runs it: on the CPU, one thread."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # it is on by default, from 1.29 on
 import onnxruntime as ort
 
 
