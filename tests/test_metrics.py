@@ -1,9 +1,12 @@
 """What Prometheus is told: it is counted right, whatever the number of workers."""
 
+import json
 import os
 import re
+import shutil
 import signal
 import socket
+import subprocess
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +14,7 @@ from pathlib import Path
 import grpc
 import psutil
 import pytest
+import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from service.client import Client
@@ -94,3 +98,50 @@ def test_a_taken_port_is_named(workspace: Path) -> None:
         ended = run(*command, cwd=workspace, check=False)
     assert ended.returncode == 1
     assert f"metrics: cannot listen on 127.0.0.1:{port}: address already in use; choose another" in ended.stdout
+
+
+def expressions() -> list[str]:
+    """The queries of the Grafana dashboard, and of the rule that the Kubernetes autoscaler needs."""
+    dashboard = json.loads((REPOSITORY / "docs/grafana-dashboard.json").read_text())
+    rules = yaml.safe_load((REPOSITORY / "deploy/kubernetes/monitoring/adapter-values.yaml").read_text())["rules"]["custom"]
+    for_autoscaler = [
+        re.sub("<<.LabelMatchers>>", 'pod="a"', re.sub("<<.GroupBy>>", "pod", rule["metricsQuery"])) for rule in rules
+    ]
+    return [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]] + for_autoscaler
+
+
+def test_the_dashboard_shows_what_is_described() -> None:
+    """Every query names metrics of docs/metrics.md only, and every metric there is in a query."""
+    described = set(re.findall(r"^\| `(\w+)`", (REPOSITORY / "docs/metrics.md").read_text(), flags=re.MULTILINE))
+    shown = {re.sub(r"_(count|sum|bucket)$", "", name) for query in expressions() for name in re.findall(r"trefoil_\w+", query)}
+    assert shown == described
+
+
+def test_promtool_accepts_every_query(tmp_path: Path) -> None:
+    """Every query is one that Prometheus understands."""
+    if not (promtool := shutil.which("promtool")):
+        pytest.skip("promtool is not installed; Debian's package prometheus has it")
+    queries = [query.replace("$__rate_interval", "1m") for query in expressions()]
+    rules = [{"record": f"query_{index}", "expr": query} for index, query in enumerate(queries)]
+    (tmp_path / "rules.yaml").write_text(yaml.safe_dump({"groups": [{"name": "dashboard", "rules": rules}]}))
+    assert (
+        f"SUCCESS: {len(rules)} rules found" in run(promtool, "check", "rules", str(tmp_path / "rules.yaml"), cwd=tmp_path).stdout
+    )
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_promtool_has_no_complaint(workspace: Path, workers: str) -> None:
+    """What Prometheus is told is well formed and named as it wants names to be."""
+    if not (promtool := shutil.which("promtool")):
+        pytest.skip("promtool is not installed; Debian's package prometheus has it")
+    with serving(workspace / "models", "--metrics-port", "0", "--workers", workers) as service:
+        assert service.process.stdout is not None
+        url = service.process.stdout.readline().split(" at ")[1].strip()
+        with Client(service.address) as client:
+            client.answer([3])
+            with pytest.raises(grpc.RpcError):
+                client.infer("nosuch", [1])
+        with urllib.request.urlopen(url) as response:  # noqa: S310  our own
+            told = response.read().decode()
+    done = subprocess.run([promtool, "check", "metrics"], input=told, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
