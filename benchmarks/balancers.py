@@ -9,6 +9,7 @@ the two services is hurt, at two thirds it is well again:
     SIGTERM   it drains and ends
     SIGSTOP   it takes connections and says nothing, as a host that has hung
     throttled it runs a fifth of the time
+    drained   the balancer is told to send it nothing more; a second later SIGTERM
 
 `lost`: calls that ended with an error, without and with the retry policy. `wrong`: answers that are not the card's.
 """
@@ -25,8 +26,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ from service.card import Card, Rows, read_card
 from service.engine import TOLERANCE
 
 ROOT = Path(__file__).parents[1]
-FAULTS = ("none", "kill -9", "SIGTERM", "SIGSTOP", "throttled")
+FAULTS = ("none", "kill -9", "SIGTERM", "SIGSTOP", "throttled", "drained")
 LOADS = (("fizzbuzz", 1), ("mnist", 32))  # 32 pictures are 25 KB
 CALLERS, PAUSE, DEADLINE = 4, 0.01, 30.0  # callers of each kind; seconds between calls, and for one
 RETRY = {
@@ -94,26 +95,45 @@ class Service:
         self.process.wait()
 
 
-@contextmanager
-def balancer(name: str, services: Sequence[Service], folder: Path) -> Iterator[str]:
-    """Start a balancer with its file in deploy/, with these services; yield its address. Raises OSError, RuntimeError."""
-    text = (ROOT / "deploy" / {"haproxy": "haproxy.cfg", "nginx": "nginx.conf"}[name]).read_text()
-    ours = {8080: free_port(), **{8001 + i: service.port for i, service in enumerate(services)}}
-    text = re.sub(r"(?<=127\.0\.0\.1:)\d+", lambda port: str(ours[int(port[0])]), text)
-    (folder / "balancer").write_text(text.replace("/run/", f"{folder}/"))
-    flags = {"haproxy": ["-db", "-f"], "nginx": ["-g", "daemon off;", "-c"]}[name]
-    program = shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin") or name
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen([program, *flags, str(folder / "balancer")], stdout=log, stderr=log)  # noqa: S603
-    try:
-        with grpc.insecure_channel(address := f"127.0.0.1:{ours[8080]}") as channel:
-            grpc.channel_ready_future(channel).result(10)
-        yield address
-    except grpc.FutureTimeoutError:
-        raise RuntimeError(f"{name} did not start: {(folder / 'log').read_text()}") from None
-    finally:
-        process.terminate()
-        process.wait()
+class Balancer:
+    """A balancer with its file in deploy/, for these services."""
+
+    def __init__(self, name: str, services: Sequence[Service], folder: Path) -> None:
+        """Start it. Raises OSError, and RuntimeError when it does not start."""
+        self._name, self._folder, self._file = name, folder, folder / "balancer"
+        text = (ROOT / "deploy" / {"haproxy": "haproxy.cfg", "nginx": "nginx.conf"}[name]).read_text()
+        ours = {8080: free_port(), **{8001 + i: service.port for i, service in enumerate(services)}}
+        text = re.sub(r"(?<=127\.0\.0\.1:)\d+", lambda port: str(ours[int(port[0])]), text)
+        self._file.write_text(text.replace("/run/", f"{folder}/"))
+        self.address = f"127.0.0.1:{ours[8080]}"
+        flags = {"haproxy": ["-db", "-f"], "nginx": ["-g", "daemon off;", "-c"]}[name]
+        program = shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin") or name
+        with (folder / "log").open("w") as log:
+            self._process = subprocess.Popen([program, *flags, str(self._file)], stdout=log, stderr=log)  # noqa: S603
+        with grpc.insecure_channel(self.address) as channel:
+            try:
+                grpc.channel_ready_future(channel).result(10)
+            except grpc.FutureTimeoutError:
+                self.stop()
+                raise RuntimeError(f"{name} did not start: {(folder / 'log').read_text()}") from None
+
+    def send(self, service: Service, *, new: bool) -> None:
+        """Send a service new calls, or none; those that it has go on."""
+        if self._name == "haproxy":
+            with socket.socket(socket.AF_UNIX) as told:
+                told.connect(str(self._folder / "haproxy-trefoil.sock"))
+                told.sendall(f"set server trefoil/a state {'ready' if new else 'drain'}\n".encode())
+                told.recv(1)
+        else:
+            here = f"server 127.0.0.1:{service.port}"
+            text = self._file.read_text()
+            self._file.write_text(text.replace(f"{here} down", here) if new else text.replace(here, f"{here} down"))
+            self._process.send_signal(signal.SIGHUP)
+
+    def stop(self) -> None:
+        """End it."""
+        self._process.terminate()
+        self._process.wait()
 
 
 async def call(stub: Any, request: ModelInferRequest, card: Card, tally: Tally, end: float) -> None:
@@ -132,42 +152,43 @@ async def call(stub: Any, request: ModelInferRequest, card: Card, tally: Tally, 
         await asyncio.sleep(PAUSE)
 
 
-async def hurt(service: Service, fault: str, seconds: float) -> None:
+async def hurt(service: Service, balancer: Balancer, fault: str, seconds: float) -> None:
     """Hurt a service for so long, and make it well again."""
-    if fault == "kill -9":
-        service.process.kill()
-    elif fault == "SIGTERM":
-        service.process.terminate()
-    elif fault == "SIGSTOP":
-        service.process.send_signal(signal.SIGSTOP)
-    if fault != "throttled":
-        await asyncio.sleep(seconds)
-    for _ in range(int(seconds / 0.1) if fault == "throttled" else 0):
-        for number, share in ((signal.SIGSTOP, 0.08), (signal.SIGCONT, 0.02)):
-            service.process.send_signal(number)
-            await asyncio.sleep(share)
-    if fault == "SIGSTOP":
-        service.process.send_signal(signal.SIGCONT)
-    if fault in ("kill -9", "SIGTERM"):
-        await asyncio.to_thread(service.process.wait)
+    process = service.process
+    if fault == "throttled":
+        for _ in range(int(seconds / 0.1)):
+            for number, share in ((signal.SIGSTOP, 0.08), (signal.SIGCONT, 0.02)):
+                process.send_signal(number)
+                await asyncio.sleep(share)
+        return
+    if fault == "drained":
+        balancer.send(service, new=False)
+        await asyncio.sleep(1)
+    process.send_signal({"kill -9": signal.SIGKILL, "SIGSTOP": signal.SIGSTOP}.get(fault, signal.SIGTERM))
+    await asyncio.sleep(seconds)
+    process.send_signal(signal.SIGCONT)
+    if fault != "SIGSTOP":
+        await asyncio.to_thread(process.wait)
         await asyncio.to_thread(service.start)
+    if fault == "drained":
+        balancer.send(service, new=True)
 
 
-async def run(address: str, services: Sequence[Service], models: Path, fault: str, seconds: float) -> tuple[Tally, Tally]:
+async def run(balancer: Balancer, services: Sequence[Service], models: Path, fault: str, seconds: float) -> tuple[Tally, Tally]:
     """One run: what came of the calls without and with the retry policy."""
     plain, retrying = Tally(), Tally()
     end = time.perf_counter() + seconds
     async with asyncio.TaskGroup() as tasks:
         for tally, config in ((plain, {}), (retrying, {"methodConfig": [RETRY]})):
             options = [("grpc.use_local_subchannel_pool", 1), ("grpc.service_config", json.dumps(config))]
-            stub = inference_pb2_grpc.GRPCInferenceServiceStub(grpc.aio.insecure_channel(address, options=options))
+            stub = inference_pb2_grpc.GRPCInferenceServiceStub(grpc.aio.insecure_channel(balancer.address, options=options))
             for model, rows in LOADS:
                 card = read_card(models / model)
                 for _ in range(CALLERS // len(LOADS)):
                     tasks.create_task(call(stub, build_request(card, rows), card, tally, end))
         await asyncio.sleep(seconds / 3)
         if fault != "none":
-            await hurt(services[0], fault, seconds / 3)
+            await hurt(services[0], balancer, fault, seconds / 3)
     return plain, retrying
 
 
@@ -196,8 +217,8 @@ def main(balancers: Sequence[str], seconds: float, models: Path, faults: Sequenc
                 services = [Service(models) for _ in range(2)]
                 for service in services:
                     stack.callback(service.stop)
-                address = stack.enter_context(balancer(name, services, folder))
-                plain, retrying = asyncio.run(run(address, services, models, fault, seconds))
+                stack.callback((balancer := Balancer(name, services, folder)).stop)
+                plain, retrying = asyncio.run(run(balancer, services, models, fault, seconds))
             print(line(name, fault, plain, retrying), flush=True)
             if errors:
                 print("".join(f"    {count} x {text}\n" for text, count in (plain.lost + retrying.lost).items()), end="")
