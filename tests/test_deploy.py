@@ -20,7 +20,7 @@ from lightkube.models.core_v1 import Container, Service
 from lightkube.models.policy_v1 import PodDisruptionBudget
 
 from service.config import Config
-from tests.conftest import BIN, REPOSITORY, run
+from tests.conftest import BIN, REPOSITORY, run, serving
 from tests.conftest import Service as Running
 
 DEPLOY = REPOSITORY / "deploy"
@@ -32,6 +32,7 @@ KINDS = {
     "PodDisruptionBudget": PodDisruptionBudget,
     "Service": Service,
 }
+STARTING = ["base/deployment.yaml", "kserve/runtime.yaml"]
 FILES = sorted(path for path in (KUBERNETES / "base").glob("*.yaml") if path.name != "kustomization.yaml")
 
 
@@ -111,17 +112,31 @@ def test_pods_drain(overlay: Overlay) -> None:
     assert pod["terminationGracePeriodSeconds"] > pause + Config().grace
 
 
-@pytest.mark.parametrize("path", ["base/deployment.yaml", "kserve/runtime.yaml"])
+def first_container(path: str) -> Any:
+    """The container that a manifest starts."""
+    spec = yaml.safe_load((KUBERNETES / path).read_text())["spec"]
+    return (spec if "containers" in spec else spec["template"]["spec"])["containers"][0]
+
+
+@pytest.mark.parametrize("path", STARTING)
 def test_the_variables_are_ours(path: str) -> None:
     """Every TREFOIL_* variable is an option of `trefoil serve`, and the ports are those that it listens on."""
-    spec = yaml.safe_load((KUBERNETES / path).read_text())["spec"]
-    container = (spec if "containers" in spec else spec["template"]["spec"])["containers"][0]
+    container = first_container(path)
     given = {entry["name"].removeprefix("TREFOIL_").lower(): entry["value"] for entry in container["env"]}
     assert set(given) <= {field.name for field in fields(Config)}
     config = msgspec.convert(given, Config, strict=False, dec_hook=lambda kind, value: kind(value))
     ports = [port["containerPort"] for port in container["ports"]]
     assert ports == [port for port in (config.port, config.metrics_port) if port]
     assert {probe["grpc"]["port"] for name, probe in container.items() if name.endswith("Probe")} == {config.port}
+
+
+@pytest.mark.parametrize("path", STARTING)
+def test_a_container_starts(workspace: Path, path: str) -> None:
+    """With a manifest's variables, but for the folder and the ports, the service starts and is well on every address."""
+    environment = {entry["name"]: entry["value"] for entry in first_container(path)["env"]}
+    with serving(workspace / "models", "--metrics-port", "0", **environment) as service:
+        port = service.address.rpartition(":")[2]
+        assert run(sys.executable, "-m", "service.health", f"127.0.0.1:{port}", cwd=REPOSITORY).stdout == "SERVING\n"
 
 
 @pytest.mark.parametrize("name", ["runtime", "service"])
@@ -194,6 +209,16 @@ def test_haproxys_question_is_answered(default_service: Running, name: str) -> N
         while b"grpc-status" not in answer and (part := connection.recv(65536)):
             answer += part
     assert (expected in answer) == (not name)
+
+
+def test_the_pages_commands_run(workspace: Path, tmp_path: Path, default_service: Running) -> None:
+    """Each `sh` command of docs/deploy.md exits with 0 in a trained clone, beside a running service."""
+    blocks = re.findall(r"^```sh\n(.*?)^```$", (REPOSITORY / "docs/deploy.md").read_text(), flags=re.DOTALL | re.MULTILINE)
+    folder = shutil.copytree(workspace, tmp_path / "trefoil")
+    commands = [line for block in blocks for line in block.splitlines()]
+    assert commands
+    for command in commands:
+        run("sh", "-c", command.replace("127.0.0.1:8001", default_service.address), cwd=folder)
 
 
 @pytest.mark.parametrize(("name", "said", "status"), [("", "SERVING", 0), ("mnist", "SERVING", 0), ("nosuch", "NOT_FOUND", 1)])
