@@ -1,6 +1,7 @@
 """The files in deploy/ are what the programs that read them accept; docs/deploy.md says what was tried beyond that."""
 
 import json
+import os
 import re
 import shutil
 import socket
@@ -186,6 +187,18 @@ def test_nginx_accepts_its_file(tmp_path: Path) -> None:
     (tmp_path / "nginx.conf").write_text((DEPLOY / "nginx.conf").read_text().replace("/run/", f"{tmp_path}/"))
     found = run(program("nginx"), "-t", "-q", "-c", str(tmp_path / "nginx.conf"), cwd=tmp_path).stdout
     assert not [line for line in found.splitlines() if "[warn]" in line or "[emerg]" in line]
+
+
+@pytest.mark.parametrize("name", ["haproxy", "nginx"])
+def test_a_balancer_passes_calls_on(workspace: Path, name: str) -> None:
+    """Through either balancer, small and large calls to two services are answered, and rightly."""
+    program(name)
+    if os.geteuid():
+        pytest.skip("only root may start a balancer that takes another user")
+    flags = (name, "--fault", "none", "--seconds", "1", "--models", str(workspace / "models"))
+    row = run(sys.executable, "benchmarks/balancers.py", *flags, cwd=REPOSITORY).stdout.splitlines()[-1].split()
+    assert (row[:2], row[3:6]) == ([name, "none"], ["0", "0", "0"])
+    assert int(row[2]) > 10
 
 
 def frames() -> Iterator[bytes]:
