@@ -21,9 +21,9 @@ OPSET = 20
 RECIPES: dict[str, dict[str, Any]] = {  # network -> what differs from section `train` of params.yaml
     "cnn": {},
     "mlp": {},
-    "inception": {"optimizer": {"lr": 0.01}},  # it has no batch norm
-    "tiny": {},
-    "record": {},
+    "inception": {},
+    "tiny": {"epochs": 20},
+    "record": {"epochs": 20},
 }
 
 
