@@ -5,6 +5,9 @@ in the files' order on a CPU; Adadelta at 1.0, times 0.7 an epoch; torchvision's
 Its test accuracy is taken after every epoch, outside the clock. Ours is the network of params.yaml under a short schedule for each
 target; the schedules were chosen on 5,000 held-out training digits, and the clock runs over all of `pipeline.train.fit`.
 `--device cuda` was not run on a GPU yet.
+
+Measured on one thread of a shared machine, hence in CPU seconds, with one seed of ours and 10 epochs of theirs: to 99.0 % 13 s
+against 412 s; to 99.2 % 22 s, and to 99.5 % 123 s, where theirs was at most at 99.17 % in its 827 s.
 """
 
 import time

