@@ -10,7 +10,7 @@ import torch
 
 from models.mnist.contract import CONTRACT
 from models.mnist.network import NETWORKS, Network
-from models.network import Classifier
+from models.network import Predictor
 from pipeline.export import to_onnx
 from pipeline.stage import PipelineError
 from pipeline.train import build
@@ -20,7 +20,7 @@ TUTORIAL_MLP = sum((size + 1) * following for size, following in pairwise((784, 
 every_network = pytest.mark.parametrize("name", NETWORKS)
 
 
-def made(name: str) -> Classifier:
+def made(name: str) -> Predictor:
     """A network, untrained, in evaluation mode."""
     torch.manual_seed(0)
     return build("mnist", name).eval()
@@ -32,7 +32,7 @@ def exported(name: str) -> bytes:
     return to_onnx(made(name), CONTRACT, torch.zeros(2, *CONTRACT.input.shape, dtype=torch.uint8), 20).SerializeToString()
 
 
-def parameters(network: Classifier) -> int:
+def parameters(network: Predictor) -> int:
     """How many numbers are trained."""
     return sum(parameter.numel() for parameter in network.parameters())
 
