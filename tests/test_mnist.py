@@ -53,7 +53,7 @@ def test_every_network_gives_the_same_answers_as_its_onnx_file(name: str) -> Non
 def test_every_network_can_be_trained(name: str) -> None:
     """Each parameter has a gradient after one batch of varied digits."""
     network, digits = made(name).train(), torch.randint(0, 256, (8, *CONTRACT.input.shape), dtype=torch.uint8)
-    network.logits(network.augment(digits)).square().sum().backward()
+    network.outputs(network.augment(digits)).square().sum().backward()
     assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in network.parameters())
 
 
