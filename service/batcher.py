@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 from threading import Lock
 from typing import Protocol
@@ -29,6 +30,7 @@ class _Waiting:
     future: asyncio.Future[Rows]
     arrived: float  # seconds on the loop's clock, which may be coarse
     put: float = field(default_factory=time.perf_counter)
+    context: Context | None = None  # the caller's, for `trace`
 
 
 class Observer(Protocol):
@@ -57,6 +59,7 @@ class Batcher:
         max_delay: float = 0.0,
         inline_rows: int = 0,
         observer: Observer | None = None,
+        trace: Callable[[float, float, float], None] | None = None,
     ) -> None:
         """`run` maps (batch, ...) to (batch, ...), one call at a time, at most `max_batch_rows` rows a call.
 
@@ -64,12 +67,14 @@ class Batcher:
         gather meanwhile. The thread takes its next batch by itself: the engine never waits for the loop.
         At most `max_queue_rows` rows wait, each for `queue_timeout` seconds; an idle engine waits `max_delay` seconds for company.
         `observer` is told of waiting rows, of each request's time in the queue, and of each batch; from the thread too.
+        `trace` is called in the context of each answered request with the time.perf_counter of its arrival and of the begin and the
+        end of its batch.
         """
         self._run = run
         self._max_batch_rows, self._max_queue_rows = max_batch_rows, max_queue_rows
         self._queue_timeout, self._max_delay = queue_timeout, max_delay
         self._inline_rows = inline_rows
-        self._observer = observer
+        self._observer, self._trace = observer, trace
         self._lock = Lock()  # guards the queue, which the thread takes from too
         self._queue: deque[_Waiting] = deque()
         self._waiting_rows = 0
@@ -133,6 +138,8 @@ class Batcher:
         """Queue at most one batch of rows and make sure that somebody works on the queue."""
         loop = asyncio.get_running_loop()
         waiting = _Waiting(rows, loop.create_future(), loop.time())
+        if self._trace:
+            waiting.context = copy_context()
         with self._lock:
             self._queue.append(waiting)
             self._waiting_rows += len(rows)
@@ -223,7 +230,7 @@ class Batcher:
         batch: list[_Waiting] = []
         room = self._max_batch_rows
         with self._lock:
-            while self._queue and (not batch or len(self._queue[0].rows) <= room):
+            while self._queue and (self._queue[0].future.done() or not batch or len(self._queue[0].rows) <= room):
                 waiting = self._pop()
                 if not waiting.future.done():  # it may have been cancelled a moment ago
                     batch.append(waiting)
@@ -249,6 +256,10 @@ class Batcher:
         self._seconds_per_row = seconds / len(rows)
         if self._observer:
             self._observer.ran(len(rows), len(batch), seconds)
+        if self._trace:
+            for waiting in batch:
+                if waiting.context:
+                    waiting.context.run(self._trace, waiting.put, started, started + seconds)
         return answers
 
     def _deliver(self, batch: list[_Waiting], answers: Rows | InternalError) -> None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import logging
 import sys
 from collections.abc import Callable, Iterable
 from importlib.metadata import version
@@ -12,6 +11,7 @@ from typing import Any, get_args
 import click
 import grpc
 
+from service import logs
 from service.client import MEASUREMENTS, Client
 from service.config import Config
 from service.errors import StartupError
@@ -61,7 +61,7 @@ def serve(**options: Any) -> None:
     trefoil serve
     trefoil serve --engine torch --port 0
     """  # noqa: D301  \b is click's mark for text that keeps its lines
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logs.configure(options["log_format"])
     try:
         import uvloop  # noqa: PLC0415  the other commands do without the server's packages
 

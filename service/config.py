@@ -36,6 +36,8 @@ class Config:
     grace: float = option(30.0, "Seconds that requests in flight have to finish at shutdown.", least=0)
     metrics_port: int | None = option(None, "Port for Prometheus, 0 for a free one; else nothing is counted.", least=0, most=PORT)
     watch: float = option(1.0, "Seconds between looks at the model files; new ones are served once verified. 0: never.", least=0)
+    trace_endpoint: str | None = option(None, "OTLP collector to send traces to, such as http://127.0.0.1:4317.")
+    log_format: str = option("human", "How log lines look: human or json.", among=("human", "json"))
     token_file: Path | None = option(None, "File with the bearer token that callers must send.")
 
     @property

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -62,6 +63,7 @@ class Loaded(NamedTuple):
     pace: Pace
 
 
+Trace = Callable[[float, float, float], None]  # see Batcher
 Signature = tuple[tuple[int, int, int], ...]  # of each file: time of change, size, inode
 
 
@@ -78,9 +80,9 @@ class _Folder:
 class Repository:
     """The models in a folder, by name. Use it from one event loop."""
 
-    def __init__(self, config: Config, metrics: Metrics) -> None:
+    def __init__(self, config: Config, metrics: Metrics, trace: Trace | None = None) -> None:
         """Load every trained model. Raises StartupError when none is trained, or one is damaged."""
-        self.config, self.metrics = config, metrics
+        self.config, self.metrics, self._trace = config, metrics, trace
         self._models: dict[str, Model] = {}
         self._folders = {name: _Folder() for name in find(self.config.models)}
         self._loading = asyncio.Lock()  # one at a time: it is work for the CPU
@@ -191,6 +193,7 @@ class Repository:
                 max_delay=config.max_delay,
                 inline_rows=pace.inline_rows,
                 observer=statistics,
+                trace=self._trace,
             )
         self._models[name] = Model(
             card=card, engine=engine, batcher=batcher, statistics=statistics, max_request_rows=config.max_request_rows

@@ -8,7 +8,7 @@ import signal
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -24,6 +24,9 @@ from service.servicers.diabetes import DiabetesServicer
 from service.servicers.digits import DigitsServicer
 from service.servicers.fizzbuzz import FizzBuzzServicer
 from service.servicers.inference import InferenceServicer
+
+if TYPE_CHECKING:
+    from service.tracing import Tracing
 
 log = logging.getLogger(__name__)
 
@@ -101,9 +104,11 @@ class Server:
         `relay` gets `load NAME` or `unload NAME` when a client asked for it and it was done, for other processes to do the same.
         Raises StartupError when a model cannot be loaded or the port is taken.
         """
-        interceptors = (BearerToken(config.token_file),) if config.token_file else ()
+        self._tracing = start_tracing(config)
+        interceptors: list[grpc.aio.ServerInterceptor] = [self._tracing.interceptor()] if self._tracing else []
+        interceptors += [BearerToken(config.token_file)] if config.token_file else []
         self.metrics = Metrics() if config.metrics_port is None else Prometheus()
-        self.repository = Repository(config, self.metrics)
+        self.repository = Repository(config, self.metrics, self._tracing.batch if self._tracing else None)
         options = {"grpc.so_reuseport": int(config.workers > 1), "grpc.max_receive_message_length": config.max_message_bytes}
         self._server = grpc.aio.server(interceptors=interceptors, options=list(options.items()))
         self._health = Health()
@@ -176,6 +181,19 @@ class Server:
         await asyncio.sleep(SETTLE)
         await self._server.stop(self.config.grace)
         await self.repository.close()
+        if self._tracing:
+            await asyncio.to_thread(self._tracing.close)
+
+
+def start_tracing(config: Config) -> "Tracing | None":
+    """What sends traces, when it is wanted. Raises StartupError when its packages are missing."""
+    if config.trace_endpoint is None:
+        return None
+    try:
+        from service.tracing import Tracing  # noqa: PLC0415  its packages are an extra
+    except ImportError as error:
+        raise StartupError(f"trace_endpoint: traces need more packages: pip install 'trefoil[trace]' ({error})") from error
+    return Tracing(config.trace_endpoint)
 
 
 def bind(server: Any, config: Config) -> int:

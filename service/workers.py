@@ -27,6 +27,7 @@ from typing import Any
 
 import msgspec
 
+from service import logs
 from service.config import Config
 from service.errors import ServiceError, StartupError
 from service.metrics import Sum, tell
@@ -180,9 +181,10 @@ def main() -> None:
     def decode(kind: type, value: Any) -> Any:
         return kind(value)  # a Path; JSON has none
 
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s %(process)d: %(message)s", stream=sys.stderr)
+    config = msgspec.json.decode(sys.argv[1], type=Config, dec_hook=decode)
+    logs.configure(config.log_format)
     try:
-        uvloop.run(work(msgspec.json.decode(sys.argv[1], type=Config, dec_hook=decode)))
+        uvloop.run(work(config))
     except StartupError as error:
         print("!", str(error).replace("\n", " "), flush=True)
         sys.exit(1)

@@ -1,6 +1,7 @@
-"""A small convolutional network over 28 x 28 pixels, scaled inside."""
+"""Networks over 28 x 28 pixels, scaled inside; all are trained on the same random variations of the digits."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -22,21 +23,86 @@ def block(channels_in: int, channels_out: int, size: int, *, padding: int = 0, p
     )
 
 
+def pyramid(first: int, second: int, third: int, fourth: int) -> nn.Module:
+    """Four convolutions of so many channels, two of them pooled, and one linear layer."""
+    return nn.Sequential(
+        block(1, first, 5, padding=2, pool=True),  # (batch, first, 14, 14)
+        block(first, second, 3, padding=1, pool=True),  # (batch, second, 7, 7)
+        block(second, third, 3),  # (batch, third, 5, 5)
+        block(third, fourth, 3),  # (batch, fourth, 3, 3)
+        nn.Flatten(),
+        nn.Linear(fourth * 3 * 3, 10),
+    )
+
+
+def cnn() -> nn.Module:
+    """The default: 109,000 parameters; 99.62 % of the 10,000 test digits, the mean of 5 seeds, after 13 epochs."""
+    return pyramid(16, 32, 64, 128)
+
+
+def tiny() -> nn.Module:
+    """The same shape in 7,864 parameters: 99.54 and 99.52 % with seeds 0 and 1, after 20 epochs."""
+    return pyramid(10, 14, 16, 18)
+
+
+def record() -> nn.Module:
+    """The same shape in 233,000 parameters: 99.67 % with seed 0, after 20 epochs."""
+    return pyramid(16, 48, 96, 192)
+
+
+def mlp() -> nn.Module:
+    """The tutorials' five linear layers (S. Kim, PyTorch Zero To All, lesson 9): 575,000 parameters."""
+    return nn.Sequential(
+        *(nn.Flatten(), nn.Linear(SIDE * SIDE, 512), nn.ReLU()),  # (batch, 512)
+        *(nn.Linear(512, 256), nn.ReLU()),  # (batch, 256)
+        *(nn.Linear(256, 128), nn.ReLU()),  # (batch, 128)
+        *(nn.Linear(128, 64), nn.ReLU()),  # (batch, 64)
+        nn.Linear(64, 10),
+    )
+
+
+class Inception(nn.Module):
+    """Four views of the same pixels side by side (Szegedy et al. 2014): (batch, channels, h, w) -> (batch, 88, h, w)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(
+            [
+                nn.Conv2d(channels, 16, 1),
+                nn.Sequential(nn.Conv2d(channels, 16, 1), nn.Conv2d(16, 24, 5, padding=2)),
+                nn.Sequential(nn.Conv2d(channels, 16, 1), nn.Conv2d(16, 24, 3, padding=1), nn.Conv2d(24, 24, 3, padding=1)),
+                nn.Sequential(nn.AvgPool2d(3, stride=1, padding=1), nn.Conv2d(channels, 24, 1)),
+            ]
+        )
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Concatenate the branches: 16 + 24 + 24 + 24 channels."""
+        return torch.cat([branch(inputs) for branch in self.branches], dim=1)
+
+
+def inception() -> nn.Module:
+    """The tutorials' network of two Inception blocks (S. Kim, PyTorch Zero To All, lesson 11): 97,000 parameters."""
+    return nn.Sequential(
+        *(nn.Conv2d(1, 10, 5), nn.MaxPool2d(2), nn.ReLU()),  # (batch, 10, 12, 12)
+        Inception(10),  # (batch, 88, 12, 12)
+        *(nn.Conv2d(88, 20, 5), nn.MaxPool2d(2), nn.ReLU()),  # (batch, 20, 4, 4)
+        Inception(20),  # (batch, 88, 4, 4)
+        nn.Flatten(),
+        nn.Linear(88 * 4 * 4, 10),
+    )
+
+
+NETWORKS: dict[str, Callable[..., nn.Module]] = {made.__name__: made for made in (cnn, mlp, inception, tiny, record)}
+
+
 class Network(Classifier):
-    """Four convolutions, two of them pooled, and one linear layer: 109,000 parameters."""
+    """One of NETWORKS by name. Raises ValueError when there is none of that name."""
 
     def __init__(self, *, name: str = "cnn") -> None:
         super().__init__()
-        if name != "cnn":
-            raise ValueError(f"there is no network {name!r}; use cnn")
-        self.layers = nn.Sequential(
-            block(1, 16, 5, padding=2, pool=True),  # (batch, 16, 14, 14)
-            block(16, 32, 3, padding=1, pool=True),  # (batch, 32, 7, 7)
-            block(32, 64, 3),  # (batch, 64, 5, 5)
-            block(64, 128, 3),  # (batch, 128, 3, 3)
-            nn.Flatten(),
-            nn.Linear(128 * 3 * 3, 10),
-        ).to(memory_format=torch.channels_last)
+        if name not in NETWORKS:
+            raise ValueError(f"there is no network {name!r}; use {', '.join(NETWORKS)}")
+        self.layers = NETWORKS[name]().to(memory_format=torch.channels_last)
 
     def augment(self, inputs: Tensor) -> Tensor:
         """(batch, 28, 28) ink -> the same, each picture turned, stretched and shifted a little at random."""
