@@ -75,7 +75,9 @@ class Prometheus(Metrics):
         self._reloads.labels(model, result).inc()
 
     def observer(self, model: str) -> Observer:
-        """Where a model's batcher writes."""
+        """Where a model's batcher writes. Its reloads begin at 0, so that Prometheus sees the first one as an increase."""
+        for result in ("served", "refused"):
+            self._reloads.labels(model, result)
         return Observer(*(metric.labels(model) for metric in (self._waited, self._ran, self._rows, self._depth)))  # type: ignore[arg-type]
 
 
