@@ -4,7 +4,7 @@ import io
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from service.card import Rows
 from service.errors import InvalidInputError
@@ -25,13 +25,15 @@ class Allowance:
 
     pixels: int = 4 * MAX_PIXELS
 
-    def take(self, size: tuple[int, int], where: str) -> None:
-        """Raise InvalidInputError when a picture of that size, as its header tells it, is too large."""
-        pixels = size[0] * size[1]
+    def take(self, picture: Image.Image, content: bytes, where: str) -> None:
+        """Raise InvalidInputError when a picture, of which only the header has been read, would cost too much."""
+        pixels = picture.width * picture.height
         if pixels > MAX_PIXELS:
-            raise InvalidInputError(where, f"{size[0]} x {size[1]} pixels are too many; {MAX_PIXELS} are read")
+            raise InvalidInputError(where, f"{picture.width} x {picture.height} pixels are too many; {MAX_PIXELS} are read")
         if pixels > self.pixels:
             raise InvalidInputError(where, f"the pictures up to here have more than {4 * MAX_PIXELS} pixels; use more requests")
+        if picture.format != "PNG" and content.count(START_OF_SCAN) > MAX_SCANS:
+            raise InvalidInputError(where, f"more than {MAX_SCANS} scans; save the JPEG file anew")
         self.pixels -= pixels
 
 
@@ -44,9 +46,7 @@ def decode_image(content: bytes, where: str, allowance: Allowance | None = None)
     """
     try:
         with Image.open(io.BytesIO(content), formats=("PNG", "JPEG")) as picture:
-            (allowance or Allowance()).take(picture.size, where)
-            if picture.format != "PNG" and content.count(START_OF_SCAN) > MAX_SCANS:
-                raise InvalidInputError(where, f"more than {MAX_SCANS} scans; save the JPEG file anew")
+            (allowance or Allowance()).take(picture, content, where)
             if picture.has_transparency_data:
                 rgba = picture.convert("RGBA")
                 grey = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("L")
@@ -54,7 +54,9 @@ def decode_image(content: bytes, where: str, allowance: Allowance | None = None)
                 grey = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
             else:
                 grey = ImageOps.exif_transpose(picture).convert("L")
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+    except InvalidInputError:
+        raise
+    except Exception as error:  # Pillow's readers raise whatever comes up, AssertionError too
         raise InvalidInputError(where, f"{len(content)} bytes that are no readable PNG or JPEG") from error
     ink = np.asarray(grey)
     border = np.concatenate([ink[0], ink[-1], ink[:, 0], ink[:, -1]])

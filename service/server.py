@@ -38,6 +38,9 @@ CONNECTION = {  # what nobody needs to set; times in ms
     "grpc.keepalive_timeout_ms": 20_000,
     "grpc.keepalive_permit_without_calls": 1,  # clients behind balancers ping idle connections
     "grpc.http2.min_recv_ping_interval_without_data_ms": 9_000,  # the least that gRPC lets a client choose is 10 s; 5 min in gRPC
+    "grpc.http.overload_protection": 0,  # it counts calls that have just ended: with many in flight most would be UNAVAILABLE
+    "grpc.server.max_pending_requests": 100_000,  # gRPC's 1,000 ends calls with CANCELLED; our queues say RESOURCE_EXHAUSTED
+    "grpc.server.max_pending_requests_hard_limit": 100_000,
     "grpc.http2.max_ping_strikes": 2,  # who pings more often than that is sent away: ENHANCE_YOUR_CALM, too_many_pings
 }
 SETTLE = 0.1  # seconds before the end; gRPC would answer calls that have come and are not accepted yet with CANCELLED

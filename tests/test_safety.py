@@ -8,6 +8,10 @@ import json
 import os
 import re
 import shutil
+import socket
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +19,7 @@ from unittest.mock import Mock
 
 import grpc
 import numpy as np
+import psutil
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
@@ -38,6 +43,7 @@ from proto.fizzbuzz_pb2 import AnswerRequest
 from proto.fizzbuzz_pb2_grpc import FizzBuzzStub
 from proto.inference_pb2 import RepositoryModelLoadRequest
 from proto.inference_pb2_grpc import GRPCInferenceServiceStub
+from service import server as server_
 from service.client import Client
 from service.config import Config
 from service.errors import InvalidInputError, StartupError, shorten
@@ -46,7 +52,8 @@ from service.repository import load
 from service.server import Server
 from service.signature import sign
 from tests.conftest import Service, run, serving
-from tests.test_errors import fields, inside, refusal, refused, unpack
+from tests.test_errors import HeldEngine, Visits, fields, inside, refusal, refused, unpack
+from tests.test_errors import engine as engine  # noqa: PLC0414  a fixture
 from tests.test_images import bomb, encoded, four
 
 PEM = Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()
@@ -436,11 +443,6 @@ def test_rows_are_counted_before_they_are_decoded(workspace: Path, monkeypatch: 
 MOST = 4096  # side of the largest picture
 
 
-def blank(width: int, height: int) -> bytes:
-    """A picture that is small as a file."""
-    return encoded(Image.new("L", (width, height), 255))
-
-
 def test_scan_bomb() -> None:
     """A JPEG file whose last scan is repeated, 20 ms and 33 bytes each, is refused before the first is read."""
     file = io.BytesIO()
@@ -464,7 +466,8 @@ def test_pixels_of_a_request() -> None:
     """A request may have many pictures and large ones, but not many large ones; that is told before the last is decoded."""
     allowance = Allowance()
     for _ in range(4):
-        allowance.take((MOST, MOST), "image")
+        with pytest.raises(InvalidInputError, match="no readable"):
+            decode_image(bomb(MOST, MOST), "image", allowance)
     with pytest.raises(InvalidInputError, match="use more requests"):
         decode_image(bomb(1, 1), "images[4].encoded", allowance)
 
@@ -478,3 +481,128 @@ def test_many_large_pictures(default_service: Service) -> None:
         error = refused(partial(DigitsStub(channel).Classify, ClassifyRequest(images=pictures)))
         assert (error.code(), fields(error)) == (StatusCode.INVALID_ARGUMENT, [f"images[{count}].encoded"])
         assert len(DigitsStub(channel).Classify(ClassifyRequest(images=[Picture(encoded=digit)] * 100)).digits) == 100
+
+
+@asynccontextmanager
+async def limited(folder: Path, monkeypatch: pytest.MonkeyPatch, limits: dict[str, int], **settings: Any) -> AsyncIterator[Any]:
+    """A server whose connections have these limits, and its address."""
+    monkeypatch.setattr("service.server.CONNECTION", {**server_.CONNECTION, **limits})
+    async with inside(folder, **settings) as (server, _):
+        yield server.config.address
+
+
+def listen(address: str) -> socket.socket:
+    """A connection without a client behind it."""
+    host, port = address.rsplit(":", 1)
+    return socket.create_connection((host, int(port)), timeout=60)
+
+
+def read_all(connection: socket.socket) -> bytes:
+    """What comes until the other side closes."""
+    return b"".join(iter(lambda: connection.recv(4096), b""))
+
+
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes.fromhex("000000040000000000")  # and empty SETTINGS
+PING = bytes.fromhex("000008060000000000") + bytes(8)
+HANDSHAKE, IDLE = "grpc.server_handshake_timeout_ms", "grpc.max_connection_idle_ms"
+OWN = [("grpc.use_local_subchannel_pool", 1)]
+
+
+@pytest.mark.parametrize(
+    ("limits", "settings", "sent", "said"),
+    [
+        ({HANDSHAKE: 100}, {}, b"", b""),
+        ({HANDSHAKE: 100}, {}, b"PRI * HTTP", b""),
+        ({IDLE: 100}, {}, PREFACE, b"connection idle"),
+        ({}, {"max_connection_age": 0.1, "grace": 0.1}, PREFACE, b"max_age"),
+        ({}, {}, PREFACE + PING * 20, b"too_many_pings"),
+        ({}, {}, b"GET / HTTP/1.1\r\n\r\n", b""),
+    ],
+    ids=["silent", "half a preface", "idle", "old", "pings", "no HTTP/2"],
+)
+def test_connections_are_let_go(
+    small: Path, monkeypatch: pytest.MonkeyPatch, limits: dict[str, int], settings: dict[str, Any], sent: bytes, said: bytes
+) -> None:
+    """Who connects and says nothing, stays too long, or pings all the time is told why and let go; others are answered."""
+
+    async def main() -> None:
+        async with limited(small, monkeypatch, limits, **settings) as address:
+            connection = listen(address)
+            with connection:
+                connection.sendall(sent)
+                heard = await asyncio.to_thread(read_all, connection)
+            assert said in heard
+            async with grpc.aio.insecure_channel(address) as channel:
+                assert (await FizzBuzzStub(channel).Answer(AnswerRequest(numbers=[3]))).words == ["fizz"]
+
+    asyncio.run(main())
+
+
+def test_a_client_of_old_connections_notices_nothing(small: Path) -> None:
+    """Calls over connections that end by their age, again and again, are all answered."""
+    peers: set[tuple[int, ...]] = set()
+
+    async def main() -> None:
+        async with inside(small, max_connection_age=0.05) as (_, channel):
+            while len(peers) < 3:
+                call = FizzBuzzStub(channel).Answer(AnswerRequest(numbers=[3]))
+                assert (await call).words == ["fizz"]
+                peers.add(connections())
+
+    def connections() -> tuple[int, ...]:
+        """The ports of this process's ends."""
+        return tuple(sorted(found.laddr.port for found in psutil.Process().net_connections("tcp") if found.status == "ESTABLISHED"))
+
+    asyncio.run(main())
+
+
+def test_patient_pings_are_welcome() -> None:
+    """A client may ping as often as gRPC lets it, every 10 s, also without a call."""
+    assert server_.CONNECTION["grpc.http2.min_recv_ping_interval_without_data_ms"] < 10_000
+    assert server_.CONNECTION["grpc.keepalive_permit_without_calls"] == 1
+
+
+def test_concurrent_streams(small: Path, engine: HeldEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More calls than a connection may have wait at the client, and are answered in their turn."""
+    visits = Visits(monkeypatch)
+
+    async def main() -> None:
+        async with inside(small, max_concurrent_streams=2) as (server, channel):
+            calls = [FizzBuzzStub(channel).Answer(AnswerRequest(numbers=[number])) for number in range(6)]
+            for _ in range(2):
+                await visits.came.acquire()
+            async with grpc.aio.insecure_channel(server.config.address, OWN) as other:  # others are not held up
+                call = FizzBuzzStub(other).Answer(AnswerRequest(numbers=[7]))
+                await visits.came.acquire()
+                assert visits.came.locked()  # nobody else has come
+                engine.open.set()
+                assert (await call).words == ["7"]
+            assert [(await call).words for call in calls] == [[str(number)] for number in range(6)]
+
+    asyncio.run(main())
+
+
+def test_message_size(small: Path) -> None:
+    """A message that is too large, or becomes so when it is unpacked, is RESOURCE_EXHAUSTED, and the service goes on."""
+
+    async def main() -> None:
+        async with inside(small, max_message_bytes=10_000) as (_, channel):
+            for content, compression in ((bytes(10_001), None), (bytes(2**24), grpc.Compression.Gzip)):
+                call = channel.unary_unary(ANSWER, request_serializer=bytes)(content, compression=compression)
+                assert await call.code() == StatusCode.RESOURCE_EXHAUSTED
+                assert "larger than max" in await call.details()
+            assert (await FizzBuzzStub(channel).Answer(AnswerRequest(numbers=[3]))).words == ["fizz"]
+
+    asyncio.run(main())
+
+
+def test_thousands_of_calls_on_one_connection(small: Path) -> None:
+    """Calls beyond what gRPC has pending by default, and beyond the streams of a connection, are all answered."""
+
+    async def main() -> None:
+        async with inside(small) as (_, channel):
+            calls = [FizzBuzzStub(channel).Answer(AnswerRequest(numbers=[number % 100])) for number in range(4000)]
+            codes = [await call.code() for call in calls]
+        assert Counter(codes) == {StatusCode.OK: len(calls)}
+
+    asyncio.run(main())
