@@ -1,6 +1,7 @@
 """A synchronous client of the service, as the command line uses it."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
@@ -34,9 +35,27 @@ class Assessment(NamedTuple):
 class Client:
     """Calls a service at `address`, host:port. Use it as a context manager. Every method raises grpc.RpcError."""
 
-    def __init__(self, address: str, *, token: str | None = None, timeout: float = 30.0) -> None:
-        """`token` is sent with each call when the service wants one; `timeout` is each call's deadline in seconds."""
-        self._channel = grpc.insecure_channel(address, options=[("grpc.max_receive_message_length", -1)])
+    def __init__(
+        self,
+        address: str,
+        *,
+        token: str | None = None,
+        tls_ca: Path | None = None,
+        tls_certificate: Path | None = None,
+        tls_key: Path | None = None,
+        timeout: float = 30.0,
+    ) -> None:
+        """`token` is sent with each call when the service wants one; `timeout` is each call's deadline in seconds.
+
+        With `tls_ca`, a PEM file of the authorities to trust, calls go over TLS; with `tls_certificate` and `tls_key`, mTLS.
+        Raises OSError when one of the files cannot be read.
+        """
+        options = [("grpc.max_receive_message_length", -1)]
+        if tls_ca:
+            files = [path.read_bytes() if path else None for path in (tls_ca, tls_key, tls_certificate)]
+            self._channel = grpc.secure_channel(address, grpc.ssl_channel_credentials(*files), options)
+        else:
+            self._channel = grpc.insecure_channel(address, options)
         self._call: dict[str, Any] = {"timeout": timeout, "metadata": [("authorization", f"Bearer {token}")] if token else None}
 
     def __enter__(self) -> Self:

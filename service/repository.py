@@ -3,14 +3,14 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import NamedTuple
 
 from service.batcher import Batcher
-from service.card import Card, Rows, read_card
+from service.card import SIGNATURE, Card, Rows, read_card
 from service.config import Config
 from service.engine import Engine, Pace, load_engine, measure
 from service.errors import InvalidInputError, ModelNotFoundError, ModelRefusedError, ModelUnavailableError, StartupError
@@ -19,7 +19,7 @@ from service.statistics import Statistics
 
 log = logging.getLogger(__name__)
 
-FILES = ("card.json", "model.onnx", "model.pt")
+FILES = ("card.json", SIGNATURE, "model.onnx", "model.pt")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class Model:
         started = perf_counter()
         ended = self.statistics.fail
         try:
-            self.admit(rows, where)
+            self.admit(rows, where.partition("[{row}]")[0])
             self.card.input.check(rows, where)
             answers = await self.batcher.infer(rows)
             ended = self.statistics.success
@@ -49,10 +49,10 @@ class Model:
             ended.add(perf_counter() - started)
         return answers
 
-    def admit(self, rows: Rows, where: str) -> None:
-        """Raise InvalidInputError when a request of these rows has none or too many; `where` as for `infer`."""
+    def admit(self, rows: Sized, where: str) -> None:
+        """Raise InvalidInputError when a request, whose field `where` holds these rows, has none or too many."""
         if not 1 <= len(rows) <= self.max_request_rows:
-            raise InvalidInputError(where.partition("[{row}]")[0], f"{len(rows)} rows; a request has 1 to {self.max_request_rows}")
+            raise InvalidInputError(where, f"{len(rows)} rows; a request has 1 to {self.max_request_rows}")
 
 
 class Loaded(NamedTuple):
@@ -230,7 +230,7 @@ def load(folder: Path, config: Config) -> Loaded:
 
     Raises StartupError when a file is missing or damaged, the card is another model's, or the model does not give its answers.
     """
-    card = read_card(folder)
+    card = read_card(folder, config.require_signed)
     if card.name != folder.name:
         raise StartupError(f"{folder / 'card.json'} is the card of {card.name!r}: name the folder so")
     engine = load_engine(folder, card, config)

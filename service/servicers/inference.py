@@ -42,7 +42,7 @@ from proto.inference_pb2 import (
 )
 from service.card import Tensor
 from service.config import Config
-from service.errors import InvalidInputError, ModelUnavailableError, answers, known, streams
+from service.errors import InvalidInputError, ModelUnavailableError, answers, known, refuse_unreadable, streams
 from service.repository import Model, Repository
 from service.servicers import Face
 from service.statistics import Duration
@@ -184,6 +184,7 @@ class InferenceServicer(Face, inference_pb2_grpc.GRPCInferenceServiceServicer):
 
     async def _infer(self, request: ModelInferRequest) -> ModelInferResponse:
         """Decode, infer, encode."""
+        refuse_unreadable(request)  # those of a stream come one by one
         model = self._repository.get(request.model_name, request.model_version)
         rows = await model.infer(decode(request, model.card), WHERE)
         return encode(rows, request, model.card)
