@@ -160,7 +160,7 @@ def verify(address: str, request: ModelInferRequest, card: Card) -> None:
     with grpc.insecure_channel(address) as channel:
         response = inference_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer(request, timeout=30)
     found = np.frombuffer(response.raw_output_contents[0], card.output.dtype).reshape(tuple(response.outputs[0].shape))
-    expected = np.resize([example.probabilities for example in card.examples], (request.inputs[0].shape[0], *card.output.shape))
+    expected = np.resize([example.output for example in card.examples], (request.inputs[0].shape[0], *card.output.shape))
     if found.shape != expected.shape or np.abs(found - expected).max() > TOLERANCE:
         raise RuntimeError(f"answers {found}, the card says {expected}")
 

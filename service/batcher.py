@@ -223,7 +223,7 @@ class Batcher:
         batch: list[_Waiting] = []
         room = self._max_batch_rows
         with self._lock:
-            while self._queue and (not batch or len(self._queue[0].rows) <= room):
+            while self._queue and (not batch or len(self._queue[0].rows) <= room or self._queue[0].future.done()):
                 waiting = self._pop()
                 if not waiting.future.done():  # it may have been cancelled a moment ago
                     batch.append(waiting)

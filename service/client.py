@@ -1,5 +1,6 @@
 """A synchronous client of the service, as the command line uses it."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -14,6 +15,27 @@ from proto.fizzbuzz_pb2 import AnswerRequest, CountRequest
 from proto.inference_pb2 import ModelInferRequest, ModelMetadataRequest
 
 DTYPES = {"UINT8": "u1", "INT64": "<i8", "FP32": "<f4"}
+SERVICE_CONFIG = json.dumps(  # gRPC's standard retry policy, for any client: the channel option `grpc.service_config`
+    {
+        "methodConfig": [
+            {
+                "name": [{}],  # every method; each may be repeated
+                "retryPolicy": {
+                    "maxAttempts": 5,
+                    "initialBackoff": "0.1s",
+                    "maxBackoff": "2s",
+                    "backoffMultiplier": 2,
+                    "retryableStatusCodes": ["UNAVAILABLE"],
+                },
+            }
+        ]
+    }
+)
+OPTIONS = {
+    "grpc.service_config": SERVICE_CONFIG,
+    "grpc.per_rpc_retry_buffer_size": 2**26,  # bytes; a call that has sent more is not tried again, and the default is 256 KiB
+    "grpc.max_receive_message_length": -1,
+}
 MEASUREMENTS = tuple(Patient.DESCRIPTOR.fields_by_name)
 
 
@@ -32,11 +54,14 @@ class Assessment(NamedTuple):
 
 
 class Client:
-    """Calls a service at `address`, host:port. Use it as a context manager. Every method raises grpc.RpcError."""
+    """Calls a service at `address`, host:port. Use it as a context manager. Every method raises grpc.RpcError.
+
+    A call that ends with UNAVAILABLE, as when a worker dies or a service shuts down, is tried again: see SERVICE_CONFIG.
+    """
 
     def __init__(self, address: str, *, token: str | None = None, timeout: float = 30.0) -> None:
         """`token` is sent with each call when the service wants one; `timeout` is each call's deadline in seconds."""
-        self._channel = grpc.insecure_channel(address, options=[("grpc.max_receive_message_length", -1)])
+        self._channel = grpc.insecure_channel(address, options=list(OPTIONS.items()))
         self._call: dict[str, Any] = {"timeout": timeout, "metadata": [("authorization", f"Bearer {token}")] if token else None}
 
     def __enter__(self) -> Self:

@@ -130,7 +130,7 @@ class Server:
 
     async def command(self, line: str, *, relayed: bool = False) -> None:
         """Obey `load NAME` or `unload NAME`. Raises what Repository.load and unload raise."""
-        verb, name = line.split(maxsplit=1)
+        verb, _, name = line.partition(" ")
         await (self.repository.load(name) if verb == "load" else self.repository.unload(name))
         await self._tell_health()
         if not relayed:
