@@ -81,6 +81,8 @@ class Workers:
         environment = {**os.environ, **({"PROMETHEUS_MULTIPROC_DIR": self._counted.name} if self._counted else {})}
         process = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE, start_new_session=True, env=environment)
         self._running[index] = process
+        if self._stopping.is_set():  # since it was decided to start this one
+            process.terminate()
         assert process.stdout is not None  # noqa: S101  for the type checker: it is a PIPE
         line = (await process.stdout.readline()).decode().strip()
         if not line or line.startswith("! "):
@@ -122,7 +124,8 @@ class Workers:
             try:
                 await self._start(index)
             except StartupError as error:
-                log.error("worker %d: %s", index, error)  # noqa: TRY400  a sentence, not a traceback
+                if not self._stopping.is_set():
+                    log.error("worker %d: %s", index, error)  # noqa: TRY400  a sentence, not a traceback
             since = time.monotonic()
 
     def _tell(self) -> None:
