@@ -19,13 +19,13 @@ SERVICE_CONFIG = json.dumps(  # gRPC's standard retry policy, for any client: th
     {
         "methodConfig": [
             {
-                "name": [{}],  # every method; each may be repeated
+                "name": [{}],  # every method: to repeat one does no harm
                 "retryPolicy": {
                     "maxAttempts": 5,
                     "initialBackoff": "0.1s",
                     "maxBackoff": "2s",
                     "backoffMultiplier": 2,
-                    "retryableStatusCodes": ["UNAVAILABLE"],
+                    "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],  # the latter is gRPC's answer as a server ends
                 },
             }
         ]
@@ -56,7 +56,7 @@ class Assessment(NamedTuple):
 class Client:
     """Calls a service at `address`, host:port. Use it as a context manager. Every method raises grpc.RpcError.
 
-    A call that ends with UNAVAILABLE, as when a worker dies or a service shuts down, is tried again: see SERVICE_CONFIG.
+    A call that a dying worker or a service that shuts down does not answer is tried again: see SERVICE_CONFIG.
     """
 
     def __init__(self, address: str, *, token: str | None = None, timeout: float = 30.0) -> None:

@@ -164,6 +164,7 @@ def answers(method: Method) -> Method:
     async def guarded(servicer: Any, request: Any, context: Any) -> Any:
         started = perf_counter()
         try:
+            servicer.admit()
             response = await method(servicer, request, context)
         except BaseException as error:  # noqa: BLE001  whatever it is: this is where it becomes a status
             await end(error, servicer, name, context)
@@ -180,6 +181,7 @@ def streams(method: StreamMethod) -> StreamMethod:
     @functools.wraps(method)
     async def guarded(servicer: Any, request: Any, context: Any) -> AsyncIterator[Any]:
         try:
+            servicer.admit()
             async for response in method(servicer, request, context):
                 yield response
         except Exception as error:  # noqa: BLE001  whatever it is: this is where it becomes a status

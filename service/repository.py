@@ -12,7 +12,14 @@ from service.batcher import Batcher
 from service.card import Card, Rows, read_card
 from service.config import Config
 from service.engine import Engine, Pace, load_engine, measure
-from service.errors import InvalidInputError, ModelNotFoundError, ModelRefusedError, ModelUnavailableError, StartupError
+from service.errors import (
+    InvalidInputError,
+    ModelNotFoundError,
+    ModelRefusedError,
+    ModelUnavailableError,
+    ShuttingDownError,
+    StartupError,
+)
 from service.metrics import Metrics
 from service.statistics import Statistics
 
@@ -81,6 +88,7 @@ class Repository:
     def __init__(self, config: Config, metrics: Metrics) -> None:
         """Load every trained model. Raises StartupError when none is trained, or one is damaged."""
         self.config, self.metrics = config, metrics
+        self.came, self.closing = 0, False  # calls, and whether new ones are refused
         self._models: dict[str, Model] = {}
         self._folders = {name: _Folder() for name in find(self.config.models)}
         self._loading = asyncio.Lock()  # one at a time: it is work for the CPU
@@ -92,6 +100,12 @@ class Repository:
                 log.warning("%s: not trained, not served; run `dvc repro` to train it", name)
         if not self._models:
             raise StartupError(f"no trained model in {self.config.models}: run `dvc repro`, or name another folder with --models")
+
+    def admit(self) -> None:
+        """A call has come. Raises ShuttingDownError when it comes too late."""
+        self.came += 1
+        if self.closing:
+            raise ShuttingDownError("the service is shutting down: ask another one")
 
     @property
     def known(self) -> list[str]:
