@@ -197,7 +197,7 @@ async def sigterm(_seconds: float, count: int) -> None:
     card = read_card(MODELS / "mnist")
     request, right = build_request(card, 64), np.array([example.output for example in card.examples])
     accepted, others, codes, order, ends, opened = Tally(), Tally(), Counter[int](), 0, [], []
-    for _ in range(count):
+    while len(opened) < count:
         with started() as service:
             async with (
                 load(service.address, lambda: others, callers=16, again=False),
@@ -206,10 +206,12 @@ async def sigterm(_seconds: float, count: int) -> None:
                 stub = GRPCInferenceServiceStub(channel)
                 watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
                 await watch.read()
-                calls = [stub.ModelInfer(each) for each in (build_request(card, LARGE), *[request] * 180)]
-                while await asyncio.to_thread(waiting, service, "mnist") < 100 * 64 and not all(call.done() for call in calls):
+                calls = [stub.ModelInfer(each) for each in (build_request(card, LARGE), *[request] * 132)]
+                while await asyncio.to_thread(waiting, service, "mnist") < 132 * 64 and not all(call.done() for call in calls):
                     pass
                 open_ = sum(not call.done() for call in calls)
+                if open_ < len(calls):  # the large one, that holds the engine, was over before all others had come: once more
+                    continue
                 service.process.send_signal(signal.SIGTERM)
                 begun, before = time.monotonic(), others.lost.total()
                 await watch.read()
@@ -226,7 +228,7 @@ async def sigterm(_seconds: float, count: int) -> None:
                 ends.append(time.monotonic() - begun)
     exits = ", ".join(f"{times} x exit {code}" for code, times in codes.items())
     found = f"those sent before: {accepted}; at least {min(opened)} were open; health first {order} of {count}; {exits}"
-    found += f", at most {max(ends):.1f} s"
+    found += f", after at most {max(ends):.1f} s"
     row(f"SIGTERM under load, 32 in flight, 100 queued, {count} times", found, "0 lost, health first, exit 0 within 30 s")
     row("the calls that came after it, without a retry policy", str(others), "UNAVAILABLE only")
 
