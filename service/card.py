@@ -27,6 +27,10 @@ class Feature(msgspec.Struct, frozen=True):
     minimum: int | float  # no float is 2**63 - 1
     maximum: int | float
 
+    def __post_init__(self) -> None:
+        if self.minimum > self.maximum:
+            raise ValueError(f"{self.name}: nothing lies between {self.minimum:g} and {self.maximum:g}")
+
 
 class Tensor(msgspec.Struct, frozen=True, dict=True):
     """A tensor; `shape` is that of one row, before it comes the batch axis."""
@@ -46,6 +50,10 @@ class Input(Tensor, frozen=True, kw_only=True):
 
     features: tuple[Feature, ...]
     missing: bool
+
+    def __post_init__(self) -> None:
+        if len(self.features) not in (1, *self.shape[-1:]):
+            raise ValueError(f"{self.name}: {len(self.features)} features for a row of {list(self.shape)}")
 
     @cached_property
     def _bounds(self) -> tuple[Rows, Rows] | None:

@@ -192,6 +192,7 @@ def answers(method: Method) -> Method:
     async def guarded(servicer: Any, request: Any, context: Any) -> Any:
         started = perf_counter()
         try:
+            servicer.admit()
             refuse_unreadable(request)
             response = await method(servicer, request, context)
         except BaseException as error:  # noqa: BLE001  whatever it is: this is where it becomes a status
@@ -209,6 +210,7 @@ def streams(method: StreamMethod) -> StreamMethod:
     @functools.wraps(method)
     async def guarded(servicer: Any, request: Any, context: Any) -> AsyncIterator[Any]:
         try:
+            servicer.admit()
             refuse_unreadable(request)
             async for response in method(servicer, request, context):
                 yield response

@@ -46,7 +46,7 @@ CONNECTION = {  # what nobody needs to set; times in ms
     "grpc.server.max_pending_requests_hard_limit": 100_000,
     "grpc.http2.max_ping_strikes": 2,  # who pings more often than that is sent away: ENHANCE_YOUR_CALM, too_many_pings
 }
-SETTLE = 0.1  # seconds before the end; gRPC would answer calls that have come and are not accepted yet with CANCELLED
+SETTLE = 0.1, 5  # seconds without a new call, and how often at most that is waited for, before each step of the end
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 SERVICES = (
@@ -173,14 +173,29 @@ class Server:
         self._following = asyncio.create_task(self.follow(at_once=True))
 
     async def stop(self) -> None:
-        """Say NOT_SERVING, refuse new calls, let those in flight finish within the grace, then end."""
+        """Say NOT_SERVING, accept what was sent before, refuse new calls, let those in flight finish within the grace, then end.
+
+        What gRPC has read, but not handed over yet when it is stopped, it ends as CANCELLED, which nobody tries again; new calls
+        are refused as UNAVAILABLE for a while, which takes so little time that hardly any are left.
+        """
         self._watching.cancel()
         await self._health.end()
-        await asyncio.sleep(SETTLE)
+        await self._settle()
+        self.repository.closing = True
+        await self._settle()
         await self._server.stop(self.config.grace)
         await self.repository.close()
         if self._tracing:
             await asyncio.to_thread(self._tracing.close)
+
+    async def _settle(self) -> None:
+        """Wait until calls have stopped coming, but not for ever."""
+        pause, times = SETTLE
+        for _ in range(times):
+            before = self.repository.came
+            await asyncio.sleep(pause)
+            if self.repository.came == before:
+                return
 
 
 def start_tracing(config: Config) -> "Tracing | None":

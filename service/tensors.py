@@ -34,7 +34,7 @@ def decode(request: ModelInferRequest, card: Card) -> Rows:
     content = request.raw_input_contents  # each access to an entry copies it
     if not content:
         return _from_typed(tensor.contents, expected, prod(shape)).reshape(shape)
-    if tensor.HasField("contents"):
+    if tensor.HasField("contents") and tensor.contents.ListFields():  # MLServer sends it empty
         raise InvalidInputError("inputs[0].contents", "must be empty when raw_input_contents is used")
     if len(content) != 1:
         raise InvalidInputError("raw_input_contents", f"one entry an input: 1, got {len(content)}")

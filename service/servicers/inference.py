@@ -219,12 +219,13 @@ def describe(model: Model, config: Config) -> ModelConfig:
 def count(model: Model) -> ModelStatistics:
     """A model's statistics in Triton's terms. Input and output are not copied apart from the run: their durations stay empty."""
     found = model.statistics
+    batches = found.batches.copy()  # the engine's thread goes on counting
     return ModelStatistics(
         name=model.card.name,
         version=model.card.version,
         last_inference=round(found.last * 1e3),
         inference_count=found.rows,
-        execution_count=sum(batch.count for batch in found.batches.values()),
+        execution_count=sum(batch.count for batch in batches.values()),
         inference_stats=InferStatistics(
             success=duration(found.success),
             fail=duration(found.fail),
@@ -232,7 +233,7 @@ def count(model: Model) -> ModelStatistics:
             compute_infer=duration(found.compute),
         ),
         batch_stats=[
-            InferBatchStatistics(batch_size=rows, compute_infer=duration(batch)) for rows, batch in sorted(found.batches.items())
+            InferBatchStatistics(batch_size=rows, compute_infer=duration(batch)) for rows, batch in sorted(batches.items())
         ],
     )
 
