@@ -13,6 +13,8 @@ from service.errors import InvalidInputError, StartupError
 
 DTYPES: dict[str, np.dtype[Any]] = {"UINT8": np.dtype("u1"), "INT64": np.dtype("<i8"), "FP32": np.dtype("<f4")}
 
+SIGNATURE = "card.json.sig"  # beside card.json; see service/signature.py
+
 Rows = NDArray[Any]
 Datatype = Literal["UINT8", "INT64", "FP32"]
 
@@ -24,6 +26,10 @@ class Feature(msgspec.Struct, frozen=True):
     unit: str
     minimum: int | float  # no float is 2**63 - 1
     maximum: int | float
+
+    def __post_init__(self) -> None:
+        if self.minimum > self.maximum:
+            raise ValueError(f"{self.name}: nothing lies between {self.minimum:g} and {self.maximum:g}")
 
 
 class Tensor(msgspec.Struct, frozen=True, dict=True):
@@ -44,6 +50,10 @@ class Input(Tensor, frozen=True, kw_only=True):
 
     features: tuple[Feature, ...]
     missing: bool
+
+    def __post_init__(self) -> None:
+        if len(self.features) not in (1, *self.shape[-1:]):
+            raise ValueError(f"{self.name}: {len(self.features)} features for a row of {list(self.shape)}")
 
     @cached_property
     def _bounds(self) -> tuple[Rows, Rows] | None:
@@ -110,11 +120,21 @@ class Card(msgspec.Struct, frozen=True):
         return np.array([example.input for example in self.examples], dtype=self.input.dtype)
 
 
-def read_card(folder: Path) -> Card:
-    """Read card.json of a trained model. Raises StartupError when it is not there or not a card."""
+def read_card(folder: Path, key: Path | None = None) -> Card:
+    """Read card.json of a trained model. With the file of a public key, its signature is checked before it is parsed.
+
+    Raises StartupError when it is not there, not signed or not a card.
+    """
     path = folder / "card.json"
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Card)
+        content = path.read_bytes()
+        if key:
+            from service import signature  # noqa: PLC0415  a service that wants no signatures does without cryptography
+
+            signature.check(content, folder, key)
+        return msgspec.json.decode(content, type=Card)
+    except ImportError as error:
+        raise StartupError(f"signatures need cryptography: pip install 'trefoil[serve]' ({error})") from error
     except FileNotFoundError:
         raise StartupError(f"{path} is missing: run `dvc repro` to train the model") from None
     except msgspec.MsgspecError as error:

@@ -17,6 +17,7 @@ from service.config import Config
 from service.errors import StartupError
 
 COUNT = click.IntRange(min=1)
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 INT64 = range(-(2**63), 2**63)
 
 
@@ -42,6 +43,7 @@ def settings(command: Callable[..., None]) -> Callable[..., None]:
         add = click.option(
             flag,
             type=kind,
+            is_flag=kind is bool,
             default=field.default,
             envvar=variable,
             show_default=True,
@@ -93,9 +95,14 @@ def calls(command: Callable[..., None]) -> Callable[..., None]:
         "--server", default="127.0.0.1:8001", envvar="TREFOIL_SERVER", show_default=True, show_envvar=True, help="host:port"
     )
     @click.option("--token", envvar="TREFOIL_TOKEN", show_envvar=True, help="Bearer token, when the service wants one.")
-    def calling(server: str, token: str | None, **options: Any) -> None:
+    @click.option("--tls-ca", type=FILE, envvar="TREFOIL_TLS_CA", show_envvar=True, help="PEM: whom to trust; calls with TLS.")
+    @click.option("--tls-certificate", type=FILE, envvar="TREFOIL_CLIENT_CERTIFICATE", show_envvar=True, help="PEM, for mTLS.")
+    @click.option("--tls-key", type=FILE, envvar="TREFOIL_CLIENT_KEY", show_envvar=True, help="PEM, for mTLS.")
+    def calling(
+        server: str, token: str | None, tls_ca: Path | None, tls_certificate: Path | None, tls_key: Path | None, **options: Any
+    ) -> None:
         try:
-            with Client(server, token=token) as client:
+            with Client(server, token=token, tls_ca=tls_ca, tls_certificate=tls_certificate, tls_key=tls_key) as client:
                 command(client=client, **options)
         except grpc.RpcError as error:
             hint = "; start one with `trefoil serve`" if "failed to connect" in (error.details() or "") else ""
@@ -254,6 +261,26 @@ def export_triton(target: Path, backend: str, folder: Path) -> None:
     except (StartupError, OSError) as error:
         raise Refusal(str(error)) from None
     click.echo(f"{target}: {', '.join(names)}; try: tritonserver --model-repository={target}")
+
+
+@main.command()
+@click.argument("folders", nargs=-1, required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--key", type=FILE, required=True, help="PEM file with the private ed25519 key.")
+def sign(folders: tuple[Path, ...], key: Path) -> None:
+    """Sign trained models, for `trefoil serve --require-signed`.
+
+    \b
+    trefoil sign models/mnist models/fizzbuzz --key private.pem
+    """  # noqa: D301
+    try:
+        from service.signature import sign as sign_  # noqa: PLC0415
+
+        for folder in folders:
+            click.echo(sign_(folder, key))
+    except ImportError as error:
+        raise Refusal(f"signatures need cryptography: pip install 'trefoil[serve]' ({error})") from None
+    except StartupError as error:
+        raise Refusal(str(error)) from None
 
 
 @main.command()

@@ -1,6 +1,8 @@
 """A synchronous client of the service, as the command line uses it."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
@@ -14,6 +16,27 @@ from proto.fizzbuzz_pb2 import AnswerRequest, CountRequest
 from proto.inference_pb2 import ModelInferRequest, ModelMetadataRequest
 
 DTYPES = {"UINT8": "u1", "INT64": "<i8", "FP32": "<f4"}
+SERVICE_CONFIG = json.dumps(  # gRPC's standard retry policy, for any client: the channel option `grpc.service_config`
+    {
+        "methodConfig": [
+            {
+                "name": [{}],  # every method: to repeat one does no harm
+                "retryPolicy": {
+                    "maxAttempts": 5,
+                    "initialBackoff": "0.1s",
+                    "maxBackoff": "2s",
+                    "backoffMultiplier": 2,
+                    "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],  # the latter is gRPC's answer as a server ends
+                },
+            }
+        ]
+    }
+)
+OPTIONS = {
+    "grpc.service_config": SERVICE_CONFIG,
+    "grpc.per_rpc_retry_buffer_size": 2**26,  # bytes; a call that has sent more is not tried again, and the default is 256 KiB
+    "grpc.max_receive_message_length": -1,
+}
 MEASUREMENTS = tuple(Patient.DESCRIPTOR.fields_by_name)
 
 
@@ -32,11 +55,32 @@ class Assessment(NamedTuple):
 
 
 class Client:
-    """Calls a service at `address`, host:port. Use it as a context manager. Every method raises grpc.RpcError."""
+    """Calls a service at `address`, host:port. Use it as a context manager. Every method raises grpc.RpcError.
 
-    def __init__(self, address: str, *, token: str | None = None, timeout: float = 30.0) -> None:
-        """`token` is sent with each call when the service wants one; `timeout` is each call's deadline in seconds."""
-        self._channel = grpc.insecure_channel(address, options=[("grpc.max_receive_message_length", -1)])
+    A call that a dying worker or a service that shuts down does not answer is tried again: see SERVICE_CONFIG.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        token: str | None = None,
+        tls_ca: Path | None = None,
+        tls_certificate: Path | None = None,
+        tls_key: Path | None = None,
+        timeout: float = 30.0,
+    ) -> None:
+        """`token` is sent with each call when the service wants one; `timeout` is each call's deadline in seconds.
+
+        With `tls_ca`, a PEM file of the authorities to trust, calls go over TLS; with `tls_certificate` and `tls_key`, mTLS.
+        Raises OSError when one of the files cannot be read.
+        """
+        options = list(OPTIONS.items())
+        if tls_ca:
+            files = [path.read_bytes() if path else None for path in (tls_ca, tls_key, tls_certificate)]
+            self._channel = grpc.secure_channel(address, grpc.ssl_channel_credentials(*files), options)
+        else:
+            self._channel = grpc.insecure_channel(address, options)
         self._call: dict[str, Any] = {"timeout": timeout, "metadata": [("authorization", f"Bearer {token}")] if token else None}
 
     def __enter__(self) -> Self:

@@ -38,7 +38,16 @@ class Config:
     watch: float = option(1.0, "Seconds between looks at the model files; new ones are served once verified. 0: never.", least=0)
     trace_endpoint: str | None = option(None, "OTLP collector to send traces to, such as http://127.0.0.1:4317.")
     log_format: str = option("human", "How log lines look: human or json.", among=("human", "json"))
-    token_file: Path | None = option(None, "File with the bearer token that callers must send.")
+    token_file: Path | None = option(None, "File with the bearer tokens that callers may send, one a line; read when it changes.")
+    tls_certificate: Path | None = option(None, "PEM file with the certificate (chain) for TLS; read when it changes.")
+    tls_key: Path | None = option(None, "PEM file with the certificate's key.")
+    tls_client_ca: Path | None = option(None, "PEM file with the authorities whose certificates callers must show (mTLS).")
+    insecure: bool = option(False, "Allow plain text where other machines can call.")  # noqa: FBT003  so is every default given
+    require_signed: Path | None = option(None, "PEM file with a public ed25519 key: serve only models signed for it.")
+    max_concurrent_streams: int = option(1024, "Most calls at a time on a connection; more wait at the client.", least=1, most=INT)
+    max_connection_age: float = option(
+        0.0, "Seconds until a connection ends gently, and a client connects anew. 0: never.", least=0
+    )
 
     @property
     def address(self) -> str:
@@ -53,6 +62,8 @@ class Config:
             if isinstance(value, int | float) and not allowed["least"] <= value <= allowed["most"]:
                 most = "or more" if allowed["most"] == inf else f"to {allowed['most']}"
                 raise StartupError(f"{setting.name}: {value} cannot be; use {allowed['least']} {most}")
+        if (self.tls_certificate is None) != (self.tls_key is None) or (self.tls_client_ca and not self.tls_key):
+            raise StartupError("tls: --tls-certificate and --tls-key go together, and --tls-client-ca needs both")
         if self.max_queue_rows < self.max_request_rows:
             raise StartupError(
                 f"max_queue_rows: {self.max_queue_rows} has no room for one request; use {self.max_request_rows} or more"

@@ -3,14 +3,14 @@
 import ctypes
 import io
 import logging
-import pickle
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from service.card import Card, Rows, verify
+from service.card import Card, Rows, Tensor, verify
 from service.config import Config
 from service.errors import StartupError
 
@@ -32,13 +32,16 @@ class Engine(Protocol):
         """(batch, *input shape) -> (batch, *output shape), both as the model's card describes them."""
 
 
+ONNX_TYPES = {"UINT8": "tensor(uint8)", "INT64": "tensor(int64)", "FP32": "tensor(float)"}
+
+
 class OnnxEngine:
     """Runs model.onnx with onnxruntime; on CUDA when that really loads."""
 
     platform = "onnxruntime_onnx"
 
     def __init__(self, folder: Path, card: Card, config: Config) -> None:
-        """Raise StartupError when the file cannot be loaded, or CUDA is demanded and does not load."""
+        """Raise StartupError when the file cannot be loaded or is another contract's, or CUDA is demanded and does not load."""
         try:
             import onnxruntime as ort  # noqa: PLC0415  the torch engine does without
         except ImportError as error:
@@ -56,6 +59,8 @@ class OnnxEngine:
             self._session = ort.InferenceSession(content, options, providers=providers)
         except Exception as error:  # its exceptions share no base of their own
             raise StartupError(f"{folder / 'model.onnx'} cannot be loaded by onnxruntime: {error}") from error
+        _fits(folder / "model.onnx", "input", self._session.get_inputs(), card.input)
+        _fits(folder / "model.onnx", "output", self._session.get_outputs(), card.output)
         self.device = "cuda" if self._session.get_providers()[0] == "CUDAExecutionProvider" else "cpu"
         if cuda and self.device == "cpu":
             reason = "its CUDA provider did not load; pip install 'trefoil[cuda]' brings what it needs"
@@ -69,6 +74,21 @@ class OnnxEngine:
         outputs, name = self._names
         result: Rows = self._session.run(outputs, {name: rows})[0]
         return result
+
+
+def _fits(path: Path, kind: str, found: Sequence[Any], expected: Tensor) -> None:
+    """Raise StartupError unless a graph's inputs, or its outputs, are the one tensor of the card, with a batch axis of any size."""
+    wanted = (None, *expected.shape)
+    fit = [
+        (tensor.name, tensor.type) == (expected.name, ONNX_TYPES[expected.datatype])
+        and len(tensor.shape) == len(wanted)
+        and all(size == right or isinstance(size, str | None) for size, right in zip(tensor.shape, wanted, strict=True))
+        for tensor in found
+    ]
+    if fit != [True]:
+        tensors = ", ".join(f"{tensor.name!r} {tensor.type} {tensor.shape}" for tensor in found)
+        right = f"{expected.name!r} {expected.datatype} {[-1, *expected.shape]}"
+        raise StartupError(f"{path} is not the graph that its card describes: its {kind} is {tensors}, and has to be {right}")
 
 
 def _cuda_for_onnxruntime(wish: str) -> tuple[bool, str]:
@@ -109,7 +129,7 @@ class TorchEngine:
         try:
             network = models.network.build(card.name, card.params["train"].get("network", {}))
             network.load_state_dict(torch.load(io.BytesIO(content), weights_only=True))
-        except (models.UnknownModelError, pickle.UnpicklingError, KeyError, TypeError, RuntimeError, ValueError, EOFError) as error:
+        except Exception as error:  # a damaged file makes torch raise whatever comes first
             raise StartupError(f"{folder / 'model.pt'} does not fit models/{card.name}/network.py: {error}") from error
         self._network = network.eval().to(self.device)
         reason = "as demanded" if config.device != "auto" else "torch sees a GPU" if self.device == "cuda" else "torch sees no GPU"
@@ -137,7 +157,8 @@ def load_engine(folder: Path, card: Card, config: Config) -> Engine:
     except Exception as error:
         raise StartupError(f"{folder}: the model does not run on the examples of its card: {error}") from error
     expected = np.array([example.output for example in card.examples])
-    if answers.shape != expected.shape or not np.allclose(answers, expected, rtol=TOLERANCE, atol=TOLERANCE):
+    same = answers.shape == expected.shape and answers.dtype == card.output.dtype
+    if not same or not np.allclose(answers, expected, rtol=TOLERANCE, atol=TOLERANCE):
         raise StartupError(f"{folder}: the model does not give the answers of its card; run `dvc repro` to write both anew")
     return engine
 

@@ -29,6 +29,16 @@ from google.rpc.status_pb2 import Status
 
 log = logging.getLogger(__name__)
 
+MOST_TEXT, MOST_FIELD = 800, 200  # bytes; clients take 8 KiB of trailers, where a text stands three times and escaped
+
+
+def shorten(text: str, most: int) -> str:
+    """A text without its middle when it has more than `most` bytes: it may quote a request, which may be of any length."""
+    content = text[: 2 * most].encode(errors="replace"), text[-2 * most :].encode(errors="replace")
+    if len(text) <= most and len(content[0]) <= most:
+        return text
+    return f"{content[0][: most * 2 // 3].decode(errors='ignore')} ... {content[1][-most // 3 :].decode(errors='ignore')}"
+
 
 class StartupError(Exception):
     """The service cannot start as it was told to; the message is for the person who started it."""
@@ -38,6 +48,9 @@ class ServiceError(Exception):
     """An error that a client is told about; `code` is its gRPC status."""
 
     code: ClassVar[grpc.StatusCode]
+
+    def __init__(self, text: str) -> None:
+        super().__init__(shorten(text, MOST_TEXT))
 
     def details(self) -> list[Message]:
         """Messages of google.rpc that say the same to a program."""
@@ -50,8 +63,8 @@ class InvalidInputError(ServiceError):
     code = grpc.StatusCode.INVALID_ARGUMENT
 
     def __init__(self, field: str, description: str) -> None:
+        self.field, self.description = shorten(field, MOST_FIELD), shorten(description, MOST_TEXT)
         super().__init__(f"{field}: {description}")
-        self.field, self.description = field, description
 
     def details(self) -> list[Message]:
         """The offending field, as a BadRequest."""
@@ -152,6 +165,21 @@ async def abort(context: Any, cause: Exception) -> NoReturn:
     raise AssertionError("abort returned")  # context.abort raises
 
 
+class Unreadable:
+    """Stands in for a request whose bytes are no message."""
+
+    id = ""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+
+def refuse_unreadable(request: Any) -> None:
+    """Raise InvalidInputError when a request could not be read."""
+    if request.__class__ is Unreadable:
+        raise InvalidInputError("request", request.reason)
+
+
 Method = Callable[[Any, Any, Any], Awaitable[Any]]
 StreamMethod = Callable[[Any, Any, Any], AsyncIterator[Any]]
 
@@ -164,6 +192,8 @@ def answers(method: Method) -> Method:
     async def guarded(servicer: Any, request: Any, context: Any) -> Any:
         started = perf_counter()
         try:
+            servicer.admit()
+            refuse_unreadable(request)
             response = await method(servicer, request, context)
         except BaseException as error:  # noqa: BLE001  whatever it is: this is where it becomes a status
             await end(error, servicer, name, context)
@@ -180,6 +210,8 @@ def streams(method: StreamMethod) -> StreamMethod:
     @functools.wraps(method)
     async def guarded(servicer: Any, request: Any, context: Any) -> AsyncIterator[Any]:
         try:
+            servicer.admit()
+            refuse_unreadable(request)
             async for response in method(servicer, request, context):
                 yield response
         except Exception as error:  # noqa: BLE001  whatever it is: this is where it becomes a status

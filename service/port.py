@@ -1,6 +1,7 @@
 """Ports: whether one can be listened on, in words."""
 
 import socket
+from ipaddress import ip_address
 from typing import Any
 
 from service.config import Config
@@ -8,9 +9,18 @@ from service.errors import StartupError
 
 
 def check(config: Config) -> tuple[socket.AddressFamily, Any]:
-    """The address to listen on, with a free port in place of 0. Raises StartupError when it is not ours or is taken."""
+    """The address to listen on, with a free port in place of 0.
+
+    Raises StartupError when it is not ours or is taken, or when calls from other machines would come in plain text.
+    """
     try:
-        family, _, _, _, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
+        found = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)
+        if not (config.tls_key or config.insecure or all(ip_address(entry[4][0]).is_loopback for entry in found)):
+            raise StartupError(
+                f"other machines reach {config.host}, and calls would come in plain text: give --tls-certificate and --tls-key, "
+                "or say --insecure when something else keeps them safe"
+            )
+        family, _, _, _, address = found[0]
         with socket.socket(family) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)  # refused when anyone listens there, whether that one shares the port or not

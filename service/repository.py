@@ -3,23 +3,30 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import NamedTuple
 
 from service.batcher import Batcher
-from service.card import Card, Rows, read_card
+from service.card import SIGNATURE, Card, Rows, read_card
 from service.config import Config
 from service.engine import Engine, Pace, load_engine, measure
-from service.errors import InvalidInputError, ModelNotFoundError, ModelRefusedError, ModelUnavailableError, StartupError
+from service.errors import (
+    InvalidInputError,
+    ModelNotFoundError,
+    ModelRefusedError,
+    ModelUnavailableError,
+    ShuttingDownError,
+    StartupError,
+)
 from service.metrics import Metrics
 from service.statistics import Statistics
 
 log = logging.getLogger(__name__)
 
-FILES = ("card.json", "model.onnx", "model.pt")
+FILES = ("card.json", SIGNATURE, "model.onnx", "model.pt")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +48,7 @@ class Model:
         started = perf_counter()
         ended = self.statistics.fail
         try:
-            self.admit(rows, where)
+            self.admit(rows, where.partition("[{row}]")[0])
             self.card.input.check(rows, where)
             answers = await self.batcher.infer(rows)
             ended = self.statistics.success
@@ -49,10 +56,10 @@ class Model:
             ended.add(perf_counter() - started)
         return answers
 
-    def admit(self, rows: Rows, where: str) -> None:
-        """Raise InvalidInputError when a request of these rows has none or too many; `where` as for `infer`."""
+    def admit(self, rows: Sized, where: str) -> None:
+        """Raise InvalidInputError when a request, whose field `where` holds these rows, has none or too many."""
         if not 1 <= len(rows) <= self.max_request_rows:
-            raise InvalidInputError(where.partition("[{row}]")[0], f"{len(rows)} rows; a request has 1 to {self.max_request_rows}")
+            raise InvalidInputError(where, f"{len(rows)} rows; a request has 1 to {self.max_request_rows}")
 
 
 class Loaded(NamedTuple):
@@ -83,6 +90,7 @@ class Repository:
     def __init__(self, config: Config, metrics: Metrics, trace: Trace | None = None) -> None:
         """Load every trained model. Raises StartupError when none is trained, or one is damaged."""
         self.config, self.metrics, self._trace = config, metrics, trace
+        self.came, self.closing = 0, False  # calls, and whether new ones are refused
         self._models: dict[str, Model] = {}
         self._folders = {name: _Folder() for name in find(self.config.models)}
         self._loading = asyncio.Lock()  # one at a time: it is work for the CPU
@@ -94,6 +102,12 @@ class Repository:
                 log.warning("%s: not trained, not served; run `dvc repro` to train it", name)
         if not self._models:
             raise StartupError(f"no trained model in {self.config.models}: run `dvc repro`, or name another folder with --models")
+
+    def admit(self) -> None:
+        """A call has come. Raises ShuttingDownError when it comes too late."""
+        self.came += 1
+        if self.closing:
+            raise ShuttingDownError("the service is shutting down: ask another one")
 
     @property
     def known(self) -> list[str]:
@@ -128,7 +142,7 @@ class Repository:
         Raises ModelNotFoundError, and ModelRefusedError when the files are not fit to be served.
         """
         folder = self.config.models / name
-        if name not in self._folders and name not in find(self.config.models):
+        if name not in self._folders and name not in self._present():
             raise ModelNotFoundError(f"there is no model {name!r} in the folder; known are {', '.join(self.known)}")
         known = self._folders.setdefault(name, _Folder())
         async with self._loading:
@@ -149,8 +163,10 @@ class Repository:
         """Serve a model no more; requests that have come are answered. Raises ModelNotFoundError."""
         if name not in self._folders:
             raise ModelNotFoundError(f"there is no model {name!r}; known are {', '.join(self.known)}")
-        self._folders[name].unloaded, self._folders[name].reason = True, "unloaded by request; load it to serve it again"
-        if model := self._models.pop(name, None):
+        async with self._loading:
+            self._folders[name].unloaded, self._folders[name].reason = True, "unloaded by request; load it to serve it again"
+            model = self._models.pop(name, None)
+        if model:
             log.info("%s: unloaded", name)
             await model.batcher.drain()
             await model.batcher.close()
@@ -158,14 +174,21 @@ class Repository:
     async def follow(self, *, at_once: bool = False) -> None:
         """Load every model whose files have changed and then, unless `at_once`, stayed as they are since the last look.
 
-        What is not fit to be served is in the log.
+        What is not fit to be served, or is there no more, is in the log.
         """
-        for name in find(self.config.models):
+        for name in sorted({*self._present(), *self._models}):
             known, now = self._folders.setdefault(name, _Folder()), signature(self.config.models / name)
             settled, known.seen = now == known.seen or at_once, now
-            if settled and now != known.tried and not known.unloaded and is_trained(self.config.models / name):
+            wanted = name in self._models or (is_trained(self.config.models / name) and not known.unloaded)
+            if settled and now != known.tried and wanted:
                 with contextlib.suppress(ModelRefusedError):
                     await self.load(name)
+
+    def _present(self) -> list[str]:
+        """The names in the folder; none while the folder itself is away."""
+        with contextlib.suppress(StartupError):
+            return find(self.config.models)
+        return []
 
     async def close(self) -> None:
         """End all queues."""
@@ -208,10 +231,15 @@ def tensors(card: Card) -> tuple[object, ...]:
 
 
 def find(folder: Path) -> list[str]:
-    """Names of the models in a folder, trained or not. Raises StartupError when it is no folder."""
+    """Names of the models in a folder, trained or not. Raises StartupError when it is no folder, or not to be read."""
     if not folder.is_dir():
         raise StartupError(f"{folder} is no folder: name the one with the trained models with --models")
-    return sorted(path.name for path in folder.iterdir() if any((path / part).is_file() for part in ("contract.py", "card.json")))
+    try:
+        return sorted(
+            path.name for path in folder.iterdir() if any((path / part).is_file() for part in ("contract.py", "card.json"))
+        )
+    except OSError as error:
+        raise StartupError(f"{folder} cannot be read: {error}") from error
 
 
 def is_trained(folder: Path) -> bool:
@@ -220,8 +248,11 @@ def is_trained(folder: Path) -> bool:
 
 
 def signature(folder: Path) -> Signature:
-    """Changes when one of a model's files is replaced or written to."""
-    stats = [(folder / name).stat() for name in FILES if (folder / name).is_file()]
+    """Changes when one of a model's files is replaced, written to or removed."""
+    stats = []
+    for name in FILES:
+        with contextlib.suppress(OSError):
+            stats.append((folder / name).stat())
     return tuple((stat.st_mtime_ns, stat.st_size, stat.st_ino) for stat in stats)
 
 
@@ -230,8 +261,19 @@ def load(folder: Path, config: Config) -> Loaded:
 
     Raises StartupError when a file is missing or damaged, the card is another model's, or the model does not give its answers.
     """
-    card = read_card(folder)
+    try:
+        return _load(folder, config)
+    except StartupError:
+        raise
+    except Exception as error:  # whatever the files make numpy or the file system raise, what is served goes on
+        raise StartupError(f"{folder} cannot be loaded: {error}") from error
+
+
+def _load(folder: Path, config: Config) -> Loaded:
+    """As `load`, but raise whatever comes."""
+    card = read_card(folder, config.require_signed)
     if card.name != folder.name:
         raise StartupError(f"{folder / 'card.json'} is the card of {card.name!r}: name the folder so")
+    card.input.check(card.example_rows(), "examples[{row}].{feature}")
     engine = load_engine(folder, card, config)
     return Loaded(card, engine, measure(engine, card.example_rows(), config.max_batch_rows))

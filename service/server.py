@@ -1,13 +1,11 @@
 """The server: all faces on one port, health and reflection, and a clean end."""
 
 import asyncio
-import hmac
 import logging
 import os
 import signal
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -16,10 +14,12 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from proto import POOL, diabetes_pb2_grpc, digits_pb2_grpc, fizzbuzz_pb2_grpc, inference_pb2_grpc
 from service import port
-from service.config import Config
-from service.errors import StartupError, UnauthenticatedError, abort
+from service.config import INT, Config
+from service.credentials import BearerToken, tls
+from service.errors import InvalidInputError, StartupError, abort, refuse_unreadable
 from service.metrics import Metrics, Prometheus, tell
 from service.repository import Repository
+from service.servicers import Readable
 from service.servicers.diabetes import DiabetesServicer
 from service.servicers.digits import DigitsServicer
 from service.servicers.fizzbuzz import FizzBuzzServicer
@@ -34,7 +34,19 @@ log = logging.getLogger(__name__)
 # threads (benchmarks/README.md).
 os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_listener")
 
-SETTLE = 0.1  # seconds before the end; gRPC would answer calls that have come and are not accepted yet with CANCELLED
+CONNECTION = {  # what nobody needs to set; times in ms
+    "grpc.server_handshake_timeout_ms": 10_000,  # who connects and says nothing is let go; 120 s in gRPC
+    "grpc.max_connection_idle_ms": 3_600_000,  # a client without a call for so long connects anew when it has one
+    "grpc.keepalive_time_ms": 60_000,  # a peer that is gone is noticed; 2 h in gRPC
+    "grpc.keepalive_timeout_ms": 20_000,
+    "grpc.keepalive_permit_without_calls": 1,  # clients behind balancers ping idle connections
+    "grpc.http2.min_recv_ping_interval_without_data_ms": 9_000,  # the least that gRPC lets a client choose is 10 s; 5 min in gRPC
+    "grpc.http.overload_protection": 0,  # it counts calls that have just ended: with many in flight most would be UNAVAILABLE
+    "grpc.server.max_pending_requests": 100_000,  # gRPC's 1,000 ends calls with CANCELLED; our queues say RESOURCE_EXHAUSTED
+    "grpc.server.max_pending_requests_hard_limit": 100_000,
+    "grpc.http2.max_ping_strikes": 2,  # who pings more often than that is sent away: ENHANCE_YOUR_CALM, too_many_pings
+}
+SETTLE = 0.1, 5  # seconds without a new call, and how often at most that is waited for, before each step of the end
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 SERVICES = (
@@ -47,31 +59,6 @@ SERVICES = (
 )
 
 
-class BearerToken(grpc.aio.ServerInterceptor):
-    """Refuses calls that do not carry the token of a file; health checks need none."""
-
-    def __init__(self, path: Path) -> None:
-        """Raise StartupError when the file cannot be read or is empty."""
-        try:
-            token = path.read_text().strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise StartupError(f"token_file: {path} cannot be read: {error}") from error
-        if not token:
-            raise StartupError(f"token_file: {path} is empty; it holds the token that callers must send")
-        self._expected = f"Bearer {token}".encode()
-
-    async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], call: Any) -> Any:
-        """Let a call through, or end it as UNAUTHENTICATED."""
-        sent = dict(call.invocation_metadata).get("authorization", "")
-        if call.method.startswith(f"/{health.SERVICE_NAME}/") or hmac.compare_digest(str(sent).encode(), self._expected):
-            return await continuation(call)
-
-        async def refuse(_request: Any, context: Any) -> None:
-            await abort(context, UnauthenticatedError("send the metadata 'authorization: Bearer TOKEN' with the service's token"))
-
-        return grpc.unary_unary_rpc_method_handler(refuse)
-
-
 class Health(health.aio.HealthServicer):  # type: ignore[misc]  # it comes without types
     """The standard health service, whose watchers do not hold up the end."""
 
@@ -79,8 +66,14 @@ class Health(health.aio.HealthServicer):  # type: ignore[misc]  # it comes witho
         super().__init__()
         self._ended = asyncio.Event()
 
+    async def Check(self, request: Any, context: Any) -> Any:  # noqa: N802
+        """Report what is now."""
+        await self._refuse_unreadable(request, context)
+        return await super().Check(request, context)
+
     async def Watch(self, request: Any, context: Any) -> None:  # noqa: N802
         """Report changes until the service ends."""
+        await self._refuse_unreadable(request, context)
         watching = asyncio.ensure_future(super().Watch(request, context))
         ended = asyncio.ensure_future(self._ended.wait())
         try:
@@ -88,6 +81,13 @@ class Health(health.aio.HealthServicer):  # type: ignore[misc]  # it comes witho
         finally:
             watching.cancel()
             ended.cancel()
+
+    async def _refuse_unreadable(self, request: Any, context: Any) -> None:
+        """End a call whose request could not be read."""
+        try:
+            refuse_unreadable(request)
+        except InvalidInputError as error:
+            await abort(context, error)
 
     async def end(self) -> None:
         """Say NOT_SERVING to everyone, and let the watchers go."""
@@ -109,18 +109,16 @@ class Server:
         interceptors += [BearerToken(config.token_file)] if config.token_file else []
         self.metrics = Metrics() if config.metrics_port is None else Prometheus()
         self.repository = Repository(config, self.metrics, self._tracing.batch if self._tracing else None)
-        options = {"grpc.so_reuseport": int(config.workers > 1), "grpc.max_receive_message_length": config.max_message_bytes}
-        self._server = grpc.aio.server(interceptors=interceptors, options=list(options.items()))
+        self._server = grpc.aio.server(interceptors=interceptors, options=list(limits(config).items()))
         self._health = Health()
         self._relay = relay
         self.stopping = asyncio.Event()
-        inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(
-            InferenceServicer(self.repository, self.command), self._server
-        )
-        digits_pb2_grpc.add_DigitsServicer_to_server(DigitsServicer(self.repository), self._server)
-        diabetes_pb2_grpc.add_DiabetesServicer_to_server(DiabetesServicer(self.repository), self._server)
-        fizzbuzz_pb2_grpc.add_FizzBuzzServicer_to_server(FizzBuzzServicer(self.repository), self._server)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        faces = Readable(self._server)
+        inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(InferenceServicer(self.repository, self.command), faces)
+        digits_pb2_grpc.add_DigitsServicer_to_server(DigitsServicer(self.repository), faces)
+        diabetes_pb2_grpc.add_DiabetesServicer_to_server(DiabetesServicer(self.repository), faces)
+        fizzbuzz_pb2_grpc.add_FizzBuzzServicer_to_server(FizzBuzzServicer(self.repository), faces)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, faces)
         for module in (health_pb2, reflection_pb2):
             POOL.AddSerializedFile(module.DESCRIPTOR.serialized_pb)
         reflection.enable_server_reflection(SERVICES, self._server, pool=POOL)
@@ -135,7 +133,7 @@ class Server:
 
     async def command(self, line: str, *, relayed: bool = False) -> None:
         """Obey `load NAME` or `unload NAME`. Raises what Repository.load and unload raise."""
-        verb, name = line.split(maxsplit=1)
+        verb, _, name = line.partition(" ")
         await (self.repository.load(name) if verb == "load" else self.repository.unload(name))
         await self._tell_health()
         if not relayed:
@@ -175,14 +173,29 @@ class Server:
         self._following = asyncio.create_task(self.follow(at_once=True))
 
     async def stop(self) -> None:
-        """Say NOT_SERVING, refuse new calls, let those in flight finish within the grace, then end."""
+        """Say NOT_SERVING, accept what was sent before, refuse new calls, let those in flight finish within the grace, then end.
+
+        What gRPC has read, but not handed over yet when it is stopped, it ends as CANCELLED, which nobody tries again; new calls
+        are refused as UNAVAILABLE for a while, which takes so little time that hardly any are left.
+        """
         self._watching.cancel()
         await self._health.end()
-        await asyncio.sleep(SETTLE)
+        await self._settle()
+        self.repository.closing = True
+        await self._settle()
         await self._server.stop(self.config.grace)
         await self.repository.close()
         if self._tracing:
             await asyncio.to_thread(self._tracing.close)
+
+    async def _settle(self) -> None:
+        """Wait until calls have stopped coming, but not for ever."""
+        pause, times = SETTLE
+        for _ in range(times):
+            before = self.repository.came
+            await asyncio.sleep(pause)
+            if self.repository.came == before:
+                return
 
 
 def start_tracing(config: Config) -> "Tracing | None":
@@ -196,12 +209,31 @@ def start_tracing(config: Config) -> "Tracing | None":
     return Tracing(config.trace_endpoint)
 
 
+def limits(config: Config) -> dict[str, int]:
+    """What one connection may do, in gRPC's terms."""
+    age = {"grpc.max_connection_age_ms": milliseconds(config.max_connection_age)} if config.max_connection_age else {}
+    return {
+        "grpc.so_reuseport": int(config.workers > 1),
+        "grpc.max_receive_message_length": config.max_message_bytes,
+        "grpc.max_concurrent_streams": config.max_concurrent_streams,
+        "grpc.max_connection_age_grace_ms": milliseconds(config.grace),
+        **age,
+        **CONNECTION,
+    }
+
+
+def milliseconds(seconds: float) -> int:
+    """A time as gRPC takes it."""
+    return min(max(1, round(seconds * 1e3)), INT)
+
+
 def bind(server: Any, config: Config) -> int:
     """Bind the port, 0 for a free one; return it. Raises StartupError when that is not possible."""
     if config.workers == 1:  # else the parent holds it
         port.check(config)  # gRPC's own error names no cause, and goes to stderr
+    credentials = tls(config)
     try:
-        return int(server.add_insecure_port(config.address))
+        return int(server.add_secure_port(config.address, credentials) if credentials else server.add_insecure_port(config.address))
     except RuntimeError as error:
         raise StartupError(f"cannot listen on {config.address}: {error}") from error
 

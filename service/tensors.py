@@ -10,6 +10,7 @@ from service.card import Card, Rows, Tensor
 from service.errors import InvalidInputError
 
 CONTENTS = {"UINT8": "uint_contents", "INT64": "int64_contents", "FP32": "fp32_contents"}  # datatype -> typed field
+MENTIONED = 4  # of a list that may be very long, in an error
 WHERE = "inputs[0][{row}].{feature}"
 
 
@@ -18,10 +19,10 @@ def decode(request: ModelInferRequest, card: Card) -> Rows:
     expected, inputs = card.input, request.inputs
     if len(inputs) != 1 or inputs[0].name != expected.name:
         raise InvalidInputError(
-            "inputs", f"{card.name} takes one tensor {expected.name!r}, got {[tensor.name for tensor in inputs]}"
+            "inputs", f"{card.name} takes one tensor {expected.name!r}, got {len(inputs)}: {[t.name for t in inputs[:MENTIONED]]}"
         )
     tensor = inputs[0]
-    shape = tuple(tensor.shape)
+    shape = tuple(tensor.shape[: MENTIONED + len(expected.shape)])  # a longer one is wrong, and may be very long
     if tensor.datatype != expected.datatype:
         raise InvalidInputError("inputs[0].datatype", f"{expected.name!r} is {expected.datatype}, got {tensor.datatype!r}")
     if shape[1:] != expected.shape or not shape or shape[0] < 0:
@@ -33,7 +34,7 @@ def decode(request: ModelInferRequest, card: Card) -> Rows:
     content = request.raw_input_contents  # each access to an entry copies it
     if not content:
         return _from_typed(tensor.contents, expected, prod(shape)).reshape(shape)
-    if tensor.HasField("contents"):
+    if tensor.HasField("contents") and tensor.contents.ListFields():  # MLServer sends it empty
         raise InvalidInputError("inputs[0].contents", "must be empty when raw_input_contents is used")
     if len(content) != 1:
         raise InvalidInputError("raw_input_contents", f"one entry an input: 1, got {len(content)}")
@@ -48,13 +49,12 @@ def check_parameters(where: str, parameters: Mapping[str, InferParameter]) -> No
 
 def check_outputs(request: ModelInferRequest, card: Card) -> None:
     """Raise InvalidInputError unless the requested outputs are the one that there is, once."""
-    names = [output.name for output in request.outputs]
-    for i, (name, output) in enumerate(zip(names, request.outputs, strict=True)):
+    for i, output in enumerate(request.outputs):
         check_parameters(f"outputs[{i}]", output.parameters)
-        if name != card.output.name:
-            raise InvalidInputError(f"outputs[{i}].name", f"{card.name} has no output {name!r}; it has {card.output.name!r}")
-    if len(names) > 1:
-        raise InvalidInputError("outputs", f"{card.output.name!r} is asked for {len(names)} times; once is enough")
+        if output.name != card.output.name:
+            raise InvalidInputError(f"outputs[{i}].name", f"{card.name} has no output {output.name!r}; it has {card.output.name!r}")
+        if i:
+            raise InvalidInputError("outputs", f"{card.output.name!r} is asked for more than once; once is enough")
 
 
 def _from_raw(content: bytes, expected: Tensor, shape: tuple[int, ...]) -> Rows:
@@ -73,9 +73,10 @@ def _from_typed(contents: InferTensorContents, expected: Tensor, wanted: int) ->
     for descriptor, _ in contents.ListFields():
         if descriptor.name != field:
             raise InvalidInputError(f"inputs[0].contents.{descriptor.name}", f"{expected.datatype} goes into {field}")
-    values = np.array(getattr(contents, field), dtype=np.uint32 if expected.datatype == "UINT8" else expected.dtype)
-    if len(values) != wanted:
-        raise InvalidInputError(f"inputs[0].contents.{field}", f"the shape needs {wanted} values, got {len(values)}")
+    sent = getattr(contents, field)
+    if len(sent) != wanted:
+        raise InvalidInputError(f"inputs[0].contents.{field}", f"the shape needs {wanted} values, got {len(sent)}")
+    values = np.array(sent, dtype=np.uint32 if expected.datatype == "UINT8" else expected.dtype)
     if expected.datatype == "UINT8" and values.size and values.max() > np.iinfo(np.uint8).max:
         raise InvalidInputError(f"inputs[0].contents.{field}", f"{values.max()} is no UINT8; use 0 to 255")
     return values.astype(expected.dtype, copy=False)

@@ -35,8 +35,8 @@ from service.port import hold
 
 log = logging.getLogger(__name__)
 
-BACKOFF = (0.1, 10.0)  # seconds before a dead worker is replaced: at first, and at most, doubled each time
-HEALTHY = 10.0  # seconds a worker has to live to start again at the first
+BACKOFF = (0.1, 10.0)  # seconds before a worker that has just started is replaced: at first, and at most, doubled each time
+HEALTHY = 1.0  # seconds that a worker has to serve for its replacement to start at once
 
 
 class Workers:
@@ -50,6 +50,7 @@ class Workers:
         self._counted = TemporaryDirectory(prefix="trefoil-metrics-") if config.metrics_port is not None else None
         self._sum = Sum(self._counted.name) if self._counted else None
         self._stopping = asyncio.Event()
+        self._unloaded: set[bytes] = set()  # models; what a worker that starts has to be told
 
     async def run(self, ready: Callable[[Config, Iterable[str]], None]) -> None:
         """Keep all workers running until SIGTERM or SIGINT, then drain them. `ready` is called once all accept calls.
@@ -81,24 +82,30 @@ class Workers:
         environment = {**os.environ, **({"PROMETHEUS_MULTIPROC_DIR": self._counted.name} if self._counted else {})}
         process = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE, start_new_session=True, env=environment)
         self._running[index] = process
+        if self._stopping.is_set():  # since it was decided to start this one
+            process.terminate()
         assert process.stdout is not None  # noqa: S101  for the type checker: it is a PIPE
         line = (await process.stdout.readline()).decode().strip()
         if not line or line.startswith("! "):
             raise StartupError(line[2:] or "a worker did not start; its own message is above")
         self._tell()
+        for name in self._unloaded:
+            _write(process, b"unload " + name)
         return line.split()
 
     async def _relay(self, process: Process) -> None:
         """Let the other workers do what a client asked one of them to do."""
         assert process.stdout is not None  # noqa: S101  for the type checker: it is a PIPE
         while line := await process.stdout.readline():
+            verb, _, name = line.partition(b" ")
+            (self._unloaded.add if verb == b"unload" else self._unloaded.discard)(name)
             for other in self._running.values():
                 if other is not process:
                     _write(other, line)
 
     async def _keep(self, index: int) -> None:
         """Replace one worker whenever it dies, until the end."""
-        backoff, since = BACKOFF[0], time.monotonic()
+        backoff, since = 0.0, time.monotonic()
         while True:
             process = self._running[index]
             await self._relay(process)
@@ -106,7 +113,7 @@ class Workers:
             del self._running[index]
             if self._stopping.is_set():
                 return
-            backoff = BACKOFF[0] if time.monotonic() - since > HEALTHY else min(2 * backoff, BACKOFF[1])
+            backoff = 0.0 if time.monotonic() - since > HEALTHY else min(max(2 * backoff, BACKOFF[0]), BACKOFF[1])
             log.error("worker %d (process %d) ended with %d; the next one starts in %g s", index, process.pid, status, backoff)
             self._tell()
             if self._sum:
@@ -115,11 +122,12 @@ class Workers:
                 await asyncio.wait_for(self._stopping.wait(), backoff)
             if self._stopping.is_set():
                 return
-            since = time.monotonic()
             try:
                 await self._start(index)
             except StartupError as error:
-                log.error("worker %d: %s", index, error)  # noqa: TRY400  a sentence, not a traceback
+                if not self._stopping.is_set():
+                    log.error("worker %d: %s", index, error)  # noqa: TRY400  a sentence, not a traceback
+            since = time.monotonic()
 
     def _tell(self) -> None:
         """Let every worker know how many there are, for its health service."""

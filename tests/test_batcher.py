@@ -315,6 +315,58 @@ def test_close_ends_waiters(inline_rows: int) -> None:
     assert play(scenario, inline_rows=inline_rows).executed == {0}
 
 
+@both
+@pytest.mark.parametrize("max_batch_rows", [2, 4, 8])
+def test_take_over(max_batch_rows: int, inline_rows: int) -> None:
+    """What waits keeps its place and is answered by the new engine; the batch that runs is the old one's to the end."""
+    new = FakeEngine()
+
+    async def scenario(batcher: Batcher, engine: FakeEngine) -> None:
+        running = await engine.hold(batcher)
+        waiting = await submit(batcher, [1], [2, 3], [4, 5, 6, 7])
+        batcher.take_over(lambda rows: new.run(rows) + 1, max_batch_rows=max_batch_rows, inline_rows=inline_rows)
+        waiting += await submit(batcher, [8])
+        assert new.batches == []
+        engine.release()
+        assert await outcomes([running, *waiting]) == [engine.held, [4], [7, 10], [13, 16, 19, 22], [25]]
+
+    assert play(scenario, inline_rows=inline_rows).executed == {0}
+    batches = {2: [[1], [2, 3], [4, 5, 6, 7], [8]], 4: [[1, 2, 3], [4, 5, 6, 7], [8]], 8: [[1, 2, 3, 4, 5, 6, 7, 8]]}
+    assert new.batches == batches[max_batch_rows]  # a part that was cut for the old engine is not cut again
+
+
+@both
+def test_take_over_of_an_idle_engine(inline_rows: int) -> None:
+    """The very next request goes to the new engine, in batches of its size."""
+    new = FakeEngine()
+
+    async def scenario(batcher: Batcher, _engine: FakeEngine) -> None:
+        batcher.take_over(new.run, max_batch_rows=2, inline_rows=0)
+        assert await outcomes(await submit(batcher, [1, 2, 3, 4, 5])) == [[3, 6, 9, 12, 15]]
+
+    assert play(scenario, inline_rows=inline_rows).batches == []
+    assert new.batches == [[1, 2], [3, 4], [5]]
+
+
+@both
+def test_drain(inline_rows: int) -> None:
+    """Draining ends when all that waited has been answered, has expired or has left, and not before."""
+
+    async def scenario(batcher: Batcher, engine: FakeEngine) -> None:
+        await batcher.drain()
+        running = await engine.hold(batcher)
+        waiting = await submit(batcher, [1], [2, 3, 4, 5, 6], [7])
+        draining = asyncio.create_task(batcher.drain())
+        waiting[2].cancel()
+        await ticks()
+        assert not draining.done()
+        engine.release()
+        await draining
+        assert await outcomes([running, *waiting]) == [engine.held, [3], [6, 9, 12, 15, 18], asyncio.CancelledError]
+
+    assert play(scenario, inline_rows=inline_rows).executed == {0, 1, 2, 3, 4, 5, 6}
+
+
 def test_inline_batches_merge_what_comes_together() -> None:
     """A short batch waits, while the clock stands still, for what comes in the next ticks; it runs on the loop when none does."""
 

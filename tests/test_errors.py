@@ -107,7 +107,7 @@ WRONG: dict[str, tuple[Spoil, str, str]] = {
     ),
     "too many raw": (lambda r, _: r.raw_input_contents.append(b""), "raw_input_contents", "one entry an input: 1"),
     "too few raw": (lambda r, _: r.ClearField("raw_input_contents"), "inputs[0].contents.{field}", "needs {values} values"),
-    "raw and typed": (lambda r, _: r.inputs[0].contents.SetInParent(), "inputs[0].contents", "must be empty"),
+    "raw and typed": (lambda r, _: r.inputs[0].contents.fp32_contents.append(0), "inputs[0].contents", "must be empty"),
     "typed too short": (lambda r, c: typed(r, CONTENTS[c.input.datatype]), "inputs[0].contents.{field}", "needs {values} values"),
     "wrong typed": (lambda r, c: typed(r, other(c)), "inputs[0].contents.{other}", "{datatype} goes into {field}"),
     "shared": (

@@ -93,9 +93,9 @@ def test_kept_as_it_is(*, invert: bool) -> None:
     np.testing.assert_array_equal(pixels(encoded(Image.fromarray(255 - field if invert else field))), field)
 
 
-def bomb(width: int, height: int) -> bytes:
+def bomb(width: int, height: int, colour: int = 0) -> bytes:
     """A PNG that claims a size and has no pixels at all: reading them is an error of another text."""
-    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, 8, colour, 0, 0, 0)
     chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")]
     parts = [struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks]
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
@@ -110,6 +110,7 @@ NO_DIGIT = {
     "cut JPEG": (encoded(four(), "JPEG")[:400], UNREADABLE),
     "gif": (encoded(four(), "GIF"), UNREADABLE),
     "no pixels": (bomb(SIDE, SIDE), UNREADABLE),
+    "no palette": (bomb(SIDE, SIDE, 3), UNREADABLE),
     "too large": (bomb(MAX_PIXELS + 1, 1), TOO_LARGE),
     "very large": (bomb(10_000, 10_000), TOO_LARGE),
     "bomb": (bomb(60_000, 60_000), TOO_LARGE),

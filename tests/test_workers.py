@@ -169,6 +169,15 @@ def test_orphans_end(workspace: Path) -> None:
     until(lambda: not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers))
 
 
+def test_sigterm_while_workers_start(workspace: Path) -> None:
+    """A SIGTERM that comes while dead workers are being replaced ends everything, with exit code 0, whenever it comes."""
+    for _ in range(3):
+        with serving(workspace / "models", "--workers", "2") as service:
+            for worker in (workers := children(service)):
+                worker.kill()
+            until(lambda workers=workers: not {*children(service)} & {*workers})  # type: ignore[misc]
+
+
 @pytest.mark.parametrize("shared", [False, True])
 def test_port_in_use(workspace: Path, *, shared: bool) -> None:
     """A port on which another program listens, even one that would share it, is refused in one sentence."""

@@ -20,6 +20,7 @@ class DiabetesServicer(Face, diabetes_pb2_grpc.DiabetesServicer):
     async def Assess(self, request: AssessRequest, _context: Any) -> AssessResponse:  # noqa: N802
         """Estimate each patient's probability."""
         model = self._repository.get("diabetes")
+        model.admit(request.patients, "patients")  # before they are decoded, which takes long for very many
         patients = np.array([decode(patient, model.card) for patient in request.patients], dtype=np.float32)
         return encode(await model.infer(patients, "patients[{row}].{feature}"), model.card)
 

@@ -22,6 +22,7 @@ class FizzBuzzServicer(Face, fizzbuzz_pb2_grpc.FizzBuzzServicer):
     @answers
     async def Answer(self, request: AnswerRequest, _context: Any) -> AnswerResponse:  # noqa: N802
         """Say what to say for each number."""
+        widest(self._repository).admit(request.numbers, "numbers")
         numbers = np.array(request.numbers, dtype=np.int64)
         said = await say(self._repository, numbers, "numbers[{row}]")
         return AnswerResponse(words=said.words, models=said.models)
@@ -44,24 +45,23 @@ class Said(NamedTuple):
 async def say(repository: Repository, numbers: Rows, where: str) -> Said:
     """Ask the models. `where` names the field that the numbers came from; raises all that Model.infer raises."""
     said = Said([""] * len(numbers), [""] * len(numbers))
-    for model, rows in choose(repository, numbers, where):
+    for model, rows in choose(repository, numbers):
         some = numbers[rows]
         for row, word in zip(rows.tolist(), words(some, await model.infer(some, where), model.card), strict=True):
             said.words[row], said.models[row] = word, model.card.name
     return said
 
 
-def choose(repository: Repository, numbers: Rows, where: str) -> list[tuple[Model, Rows]]:
+def choose(repository: Repository, numbers: Rows) -> list[tuple[Model, Rows]]:
     """Which model answers which rows: `fizzbuzz` the numbers in its range, `fizzbuzz_any` the others, when it is loaded.
 
-    Raises InvalidInputError when a request to both has too many numbers, and what Repository.get raises.
+    Raises what Repository.get raises.
     """
     small, wide = repository.get("fizzbuzz"), widest(repository)
     [feature] = small.card.input.features
     inside = (numbers >= feature.minimum) & (numbers <= feature.maximum)
     if wide is small or inside.all():
         return [(small, np.arange(len(numbers)))]
-    wide.admit(numbers, where)
     return [(model, rows) for model, rows in ((small, np.flatnonzero(inside)), (wide, np.flatnonzero(~inside))) if len(rows)]
 
 

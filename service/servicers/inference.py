@@ -42,7 +42,7 @@ from proto.inference_pb2 import (
 )
 from service.card import Tensor
 from service.config import Config
-from service.errors import InvalidInputError, ModelUnavailableError, answers, known, streams
+from service.errors import InvalidInputError, ModelUnavailableError, answers, known, refuse_unreadable, streams
 from service.repository import Model, Repository
 from service.servicers import Face
 from service.statistics import Duration
@@ -184,6 +184,7 @@ class InferenceServicer(Face, inference_pb2_grpc.GRPCInferenceServiceServicer):
 
     async def _infer(self, request: ModelInferRequest) -> ModelInferResponse:
         """Decode, infer, encode."""
+        refuse_unreadable(request)  # those of a stream come one by one
         model = self._repository.get(request.model_name, request.model_version)
         rows = await model.infer(decode(request, model.card), WHERE)
         return encode(rows, request, model.card)
@@ -218,12 +219,13 @@ def describe(model: Model, config: Config) -> ModelConfig:
 def count(model: Model) -> ModelStatistics:
     """A model's statistics in Triton's terms. Input and output are not copied apart from the run: their durations stay empty."""
     found = model.statistics
+    batches = found.batches.copy()  # the engine's thread goes on counting
     return ModelStatistics(
         name=model.card.name,
         version=model.card.version,
         last_inference=round(found.last * 1e3),
         inference_count=found.rows,
-        execution_count=sum(batch.count for batch in found.batches.values()),
+        execution_count=sum(batch.count for batch in batches.values()),
         inference_stats=InferStatistics(
             success=duration(found.success),
             fail=duration(found.fail),
@@ -231,7 +233,7 @@ def count(model: Model) -> ModelStatistics:
             compute_infer=duration(found.compute),
         ),
         batch_stats=[
-            InferBatchStatistics(batch_size=rows, compute_infer=duration(batch)) for rows, batch in sorted(found.batches.items())
+            InferBatchStatistics(batch_size=rows, compute_infer=duration(batch)) for rows, batch in sorted(batches.items())
         ],
     )
 

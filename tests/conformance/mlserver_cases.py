@@ -1,0 +1,75 @@
+"""MLServer's own stubs, converters and codecs against a service: `python mlserver_cases.py ADDRESS FOLDER`, in its environment."""
+
+import json
+import sys
+from pathlib import Path
+
+import grpc
+import numpy as np
+from mlserver.codecs import NumpyCodec
+from mlserver.grpc import converters
+from mlserver.grpc import dataplane_pb2 as pb
+from mlserver.grpc.dataplane_pb2_grpc import GRPCInferenceServiceStub
+from mlserver.types import InferenceRequest
+
+DTYPES = {"UINT8": np.uint8, "INT64": np.int64, "FP32": np.float32}
+
+
+def main(address: str, folder: Path) -> None:
+    """Ask what MLServer's tests ask of its own servicers (tests/grpc/test_servicers.py); end when an answer is not right."""
+    with grpc.insecure_channel(address) as channel:
+        stub = GRPCInferenceServiceStub(channel)
+        check(stub.ServerLive(pb.ServerLiveRequest()).live, "server live")
+        check(stub.ServerReady(pb.ServerReadyRequest()).ready, "server ready")
+        check(stub.ServerMetadata(pb.ServerMetadataRequest()).name == "trefoil", "server metadata")
+        for path in sorted(folder.glob("*/card.json")):
+            model(stub, json.loads(path.read_text()))
+        names = [each.name for each in stub.RepositoryIndex(pb.RepositoryIndexRequest()).models]
+        check(names == sorted(path.parent.name for path in folder.glob("*/card.json")), "repository index")
+        stub.RepositoryModelLoad(pb.RepositoryModelLoadRequest(model_name=names[0]))
+        check(stub.ModelReady(pb.ModelReadyRequest(name=names[0])).ready, "repository load")
+        for call, request in (
+            (stub.ModelInfer, pb.ModelInferRequest(model_name="nope")),
+            (stub.ModelMetadata, pb.ModelMetadataRequest(name="nope")),
+            (stub.RepositoryModelLoad, pb.RepositoryModelLoadRequest(model_name="nope")),
+            (stub.RepositoryModelUnload, pb.RepositoryModelUnloadRequest(model_name="nope")),
+        ):
+            refused(call, request, grpc.StatusCode.NOT_FOUND)
+        refused(stub.ModelInfer, pb.ModelInferRequest(model_name=names[0]), grpc.StatusCode.INVALID_ARGUMENT)
+
+
+def model(stub: GRPCInferenceServiceStub, card: dict) -> None:
+    """Ask about one model, and for the answers of its card."""
+    name, tensor = card["name"], card["input"]
+    check(stub.ModelReady(pb.ModelReadyRequest(name=name)).ready, f"{name} ready")
+    check(stub.ModelMetadata(pb.ModelMetadataRequest(name=name)).inputs[0].name == tensor["name"], f"{name} metadata")
+    rows = np.array([example["input"] for example in card["examples"]], DTYPES[tensor["datatype"]])
+    request = InferenceRequest(id="7", inputs=[NumpyCodec.encode_input(tensor["name"], rows)])
+    request.inputs[0].parameters = None
+    for raw in (False, True):
+        given = converters.ModelInferRequestConverter.from_types(request, model_name=name, model_version="", use_raw=raw)
+        given.inputs[0].shape[:] = rows.shape  # MLServer's codec makes (n,) to (n, 1)
+        response = converters.ModelInferResponseConverter.to_types(stub.ModelInfer(given))
+        answers = NumpyCodec.decode_output(response.outputs[0])
+        right = np.allclose(answers, [example["output"] for example in card["examples"]], rtol=0, atol=1e-5)
+        check(right and response.id == "7" and response.model_name == name, f"{name} infers {'raw' if raw else 'typed'} contents")
+
+
+def refused(call: grpc.UnaryUnaryMultiCallable, request: object, code: grpc.StatusCode) -> None:
+    """Make sure that a call is refused."""
+    try:
+        call(request)
+        check(condition=False, what=f"{type(request).__name__} is refused")
+    except grpc.RpcError as error:
+        check(error.code() == code, f"{type(request).__name__} is refused: {error.details()}")
+
+
+def check(condition: bool, what: str) -> None:  # noqa: FBT001  the condition is the point
+    """Print what was found right, or end."""
+    print(f"{'ok' if condition else 'WRONG'}: {what}", flush=True)
+    if not condition:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
