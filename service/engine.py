@@ -3,6 +3,7 @@
 import ctypes
 import io
 import logging
+import os
 import pickle
 import time
 from pathlib import Path
@@ -39,6 +40,7 @@ class OnnxEngine:
 
     def __init__(self, folder: Path, card: Card, config: Config) -> None:
         """Raise StartupError when the file cannot be loaded, or CUDA is demanded and does not load."""
+        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # else it writes into the home folder, and tells its makers (1.29)
         try:
             import onnxruntime as ort  # noqa: PLC0415  the torch engine does without
         except ImportError as error:

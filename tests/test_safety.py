@@ -606,3 +606,41 @@ def test_thousands_of_calls_on_one_connection(small: Path) -> None:
         assert Counter(codes) == {StatusCode.OK: len(calls)}
 
     asyncio.run(main())
+
+
+HOOK = """
+import os, sys
+log = os.open(os.environ["WRITES"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+changes = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod", "os.chown"}
+def hook(event, args):
+    opened = event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR)
+    if opened or event in changes:
+        beside = event in ("os.remove", "os.rmdir") and args[1] != -1
+        folder = os.readlink(f"/proc/self/fd/{args[1]}") if beside else ""
+        os.write(log, f"{event} {folder} {args[0]!r}\\n".encode())
+sys.addaudithook(hook)
+"""
+
+
+def test_nothing_is_written_elsewhere(small: Path, tmp_path: Path) -> None:
+    """Neither service nor client writes outside the folder for temporary files, as Python's audit hook tells, or needs a home.
+
+    What onnxruntime wrote, of which Python hears nothing, was in the home.
+    """
+    (tmp_path / "sitecustomize.py").write_text(HOOK)
+    (tmp_path / "temporary").mkdir()
+    environment = {
+        "HOME": str(tmp_path / "nowhere"),
+        "TMPDIR": str(tmp_path / "temporary"),
+        "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "WRITES": str(tmp_path / "writes"),
+    }
+    with serving(small, "--workers", "2", "--metrics-port", "0", **environment) as service:
+        said = run("trefoil", "predict", "fizzbuzz", "15", "--server", service.address, cwd=tmp_path, **environment).stdout
+        assert said == "fizzbuzz\n"
+    writes = (tmp_path / "writes").read_text().splitlines()
+    elsewhere = [line for line in writes if str(tmp_path / "temporary") not in line and "'/dev/" not in line]
+    assert elsewhere == []
+    assert writes  # the workers' metrics are files
+    assert not (tmp_path / "nowhere").exists()
