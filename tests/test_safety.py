@@ -141,6 +141,20 @@ def test_mtls(small: Path, tmp_path: Path, authority: Identity) -> None:
             assert refused(partial(ask, service, **known, **wrong)).code() == StatusCode.UNAVAILABLE
 
 
+def test_client_does_not_fall_back_to_plain_text(tmp_path: Path, authority: Identity) -> None:
+    """Who names a certificate without its key, or without the authority to trust, is told so before anything is sent."""
+    certificate, key = authority.write(tmp_path, "caller")
+    incomplete: list[dict[str, Any]] = [{"tls_certificate": certificate, "tls_key": key}, {"tls_ca": certificate, "tls_key": key}]
+    for wrong in incomplete:
+        with pytest.raises(ValueError, match="go together"):
+            Client("127.0.0.1:1", **wrong)
+    done = run("trefoil", "fizzbuzz", "1", "3", "--tls-certificate", str(certificate), cwd=tmp_path, check=False)
+    assert done.returncode == 1
+    assert done.stdout.splitlines() == [
+        "trefoil: a certificate and its key go together, and need the authorities to trust: --tls-ca, --tls-certificate, --tls-key"
+    ]
+
+
 def test_certificate_is_renewed(small: Path, tmp_path: Path) -> None:
     """A certificate that was renewed on disk is shown to the next connection; one without its key yet, or damaged, is not."""
     first, second = issue("first"), issue("second")
@@ -629,7 +643,7 @@ def test_nothing_is_written_elsewhere(small: Path, tmp_path: Path) -> None:
     """
     (tmp_path / "sitecustomize.py").write_text(HOOK)
     (tmp_path / "temporary").mkdir()
-    environment = {
+    environment: dict[str, Any] = {
         "HOME": str(tmp_path / "nowhere"),
         "TMPDIR": str(tmp_path / "temporary"),
         "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}",
