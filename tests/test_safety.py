@@ -41,7 +41,7 @@ from proto.digits_pb2 import Image as Picture
 from proto.digits_pb2_grpc import DigitsStub
 from proto.fizzbuzz_pb2 import AnswerRequest
 from proto.fizzbuzz_pb2_grpc import FizzBuzzStub
-from proto.inference_pb2 import RepositoryModelLoadRequest
+from proto.inference_pb2 import RepositoryModelLoadRequest, ServerMetadataRequest
 from proto.inference_pb2_grpc import GRPCInferenceServiceStub
 from service import server as server_
 from service.client import Client
@@ -658,3 +658,15 @@ def test_nothing_is_written_elsewhere(small: Path, tmp_path: Path) -> None:
     assert elsewhere == []
     assert writes  # the workers' metrics are files
     assert not (tmp_path / "nowhere").exists()
+
+
+def test_metadata_while_another_version_is_installed(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The service says which version runs, whatever of it lies on the disk by now; the fuzzer had found it to say nothing."""
+    monkeypatch.setattr("service.servicers.inference.version", Mock(return_value=None))
+
+    async def main() -> None:
+        async with inside(small) as (_, channel):
+            said = await GRPCInferenceServiceStub(channel).ServerMetadata(ServerMetadataRequest())
+        assert (said.name, bool(said.version)) == ("trefoil", True)
+
+    asyncio.run(main())
