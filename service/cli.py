@@ -84,7 +84,8 @@ def announce(config: Config, names: Iterable[str]) -> None:
     click.echo(f"trefoil {version('trefoil')} serves {', '.join(names)} at {config.address}")
     if config.metrics_port is not None:
         click.echo(f"metrics at http://{config.host}:{config.metrics_port}/metrics")
-    click.echo(f"try: trefoil fizzbuzz 1 30 --server {config.address}")
+    needed = " --tls-ca CA.pem" * bool(config.tls_key) + " --token TOKEN" * bool(config.token_file)
+    click.echo(f"try: trefoil fizzbuzz 1 30 --server {config.address}{needed}")
     sys.stdout.flush()
 
 
@@ -102,7 +103,11 @@ def calls(command: Callable[..., None]) -> Callable[..., None]:
         server: str, token: str | None, tls_ca: Path | None, tls_certificate: Path | None, tls_key: Path | None, **options: Any
     ) -> None:
         try:
-            with Client(server, token=token, tls_ca=tls_ca, tls_certificate=tls_certificate, tls_key=tls_key) as client:
+            opened = Client(server, token=token, tls_ca=tls_ca, tls_certificate=tls_certificate, tls_key=tls_key)
+        except ValueError as error:
+            raise Refusal(f"{error}: --tls-ca, --tls-certificate, --tls-key") from None
+        try:
+            with opened as client:
                 command(client=client, **options)
         except grpc.RpcError as error:
             hint = "; start one with `trefoil serve`" if "failed to connect" in (error.details() or "") else ""

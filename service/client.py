@@ -73,8 +73,10 @@ class Client:
         """`token` is sent with each call when the service wants one; `timeout` is each call's deadline in seconds.
 
         With `tls_ca`, a PEM file of the authorities to trust, calls go over TLS; with `tls_certificate` and `tls_key`, mTLS.
-        Raises OSError when one of the files cannot be read.
+        Raises OSError when one of the files cannot be read, ValueError when one is missing: nothing goes in plain text by mistake.
         """
+        if (tls_certificate is None) != (tls_key is None) or (tls_key and not tls_ca):
+            raise ValueError("a certificate and its key go together, and need the authorities to trust")
         options = list(OPTIONS.items())
         if tls_ca:
             files = [path.read_bytes() if path else None for path in (tls_ca, tls_key, tls_certificate)]

@@ -41,7 +41,7 @@ from proto.digits_pb2 import Image as Picture
 from proto.digits_pb2_grpc import DigitsStub
 from proto.fizzbuzz_pb2 import AnswerRequest
 from proto.fizzbuzz_pb2_grpc import FizzBuzzStub
-from proto.inference_pb2 import RepositoryModelLoadRequest
+from proto.inference_pb2 import RepositoryModelLoadRequest, ServerMetadataRequest
 from proto.inference_pb2_grpc import GRPCInferenceServiceStub
 from service import server as server_
 from service.client import Client
@@ -139,6 +139,20 @@ def test_mtls(small: Path, tmp_path: Path, authority: Identity) -> None:
         assert ask(service, **known, tls_certificate=mine, tls_key=my_key) == ["fizzbuzz"]
         for wrong in ({}, {"tls_certificate": other, "tls_key": other_key}):
             assert refused(partial(ask, service, **known, **wrong)).code() == StatusCode.UNAVAILABLE
+
+
+def test_client_does_not_fall_back_to_plain_text(tmp_path: Path, authority: Identity) -> None:
+    """Who names a certificate without its key, or without the authority to trust, is told so before anything is sent."""
+    certificate, key = authority.write(tmp_path, "caller")
+    incomplete: list[dict[str, Any]] = [{"tls_certificate": certificate, "tls_key": key}, {"tls_ca": certificate, "tls_key": key}]
+    for wrong in incomplete:
+        with pytest.raises(ValueError, match="go together"):
+            Client("127.0.0.1:1", **wrong)
+    done = run("trefoil", "fizzbuzz", "1", "3", "--tls-certificate", str(certificate), cwd=tmp_path, check=False)
+    assert done.returncode == 1
+    assert done.stdout.splitlines() == [
+        "trefoil: a certificate and its key go together, and need the authorities to trust: --tls-ca, --tls-certificate, --tls-key"
+    ]
 
 
 def test_certificate_is_renewed(small: Path, tmp_path: Path) -> None:
@@ -604,5 +618,55 @@ def test_thousands_of_calls_on_one_connection(small: Path) -> None:
             calls = [FizzBuzzStub(channel).Answer(AnswerRequest(numbers=[number % 100])) for number in range(4000)]
             codes = [await call.code() for call in calls]
         assert Counter(codes) == {StatusCode.OK: len(calls)}
+
+    asyncio.run(main())
+
+
+HOOK = """
+import os, sys
+log = os.open(os.environ["WRITES"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+changes = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod", "os.chown"}
+def hook(event, args):
+    opened = event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR)
+    if opened or event in changes:
+        beside = event in ("os.remove", "os.rmdir") and args[1] != -1
+        folder = os.readlink(f"/proc/self/fd/{args[1]}") if beside else ""
+        os.write(log, f"{event} {folder} {args[0]!r}\\n".encode())
+sys.addaudithook(hook)
+"""
+
+
+def test_nothing_is_written_elsewhere(small: Path, tmp_path: Path) -> None:
+    """Neither service nor client writes outside the folder for temporary files, as Python's audit hook tells, or needs a home.
+
+    What onnxruntime wrote, of which Python hears nothing, was in the home.
+    """
+    (tmp_path / "sitecustomize.py").write_text(HOOK)
+    (tmp_path / "temporary").mkdir()
+    environment: dict[str, Any] = {
+        "HOME": str(tmp_path / "nowhere"),
+        "TMPDIR": str(tmp_path / "temporary"),
+        "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "WRITES": str(tmp_path / "writes"),
+    }
+    with serving(small, "--workers", "2", "--metrics-port", "0", **environment) as service:
+        said = run("trefoil", "predict", "fizzbuzz", "15", "--server", service.address, cwd=tmp_path, **environment).stdout
+        assert said == "fizzbuzz\n"
+    writes = (tmp_path / "writes").read_text().splitlines()
+    elsewhere = [line for line in writes if str(tmp_path / "temporary") not in line and "'/dev/" not in line]
+    assert elsewhere == []
+    assert writes  # the workers' metrics are files
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_metadata_while_another_version_is_installed(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The service says which version runs, whatever of it lies on the disk by now; the fuzzer had found it to say nothing."""
+    monkeypatch.setattr("service.servicers.inference.version", Mock(return_value=None))
+
+    async def main() -> None:
+        async with inside(small) as (_, channel):
+            said = await GRPCInferenceServiceStub(channel).ServerMetadata(ServerMetadataRequest())
+        assert (said.name, bool(said.version)) == ("trefoil", True)
 
     asyncio.run(main())

@@ -48,6 +48,7 @@ from service.servicers import Face
 from service.statistics import Duration
 from service.tensors import WHERE, decode, encode
 
+VERSION = version("trefoil")  # now: it is read from the disk, where another may be installed meanwhile
 STREAM_WINDOW = 64  # requests of one stream that are answered at a time; more are not read
 
 
@@ -81,7 +82,7 @@ class InferenceServicer(Face, inference_pb2_grpc.GRPCInferenceServiceServicer):
     @answers
     async def ServerMetadata(self, _request: ServerMetadataRequest, _context: Any) -> ServerMetadataResponse:  # noqa: N802
         """Name and version of this service; it has no extensions of the protocol."""
-        return ServerMetadataResponse(name="trefoil", version=version("trefoil"))
+        return ServerMetadataResponse(name="trefoil", version=VERSION)
 
     @answers
     async def ModelMetadata(self, request: ModelMetadataRequest, _context: Any) -> ModelMetadataResponse:  # noqa: N802
