@@ -9,6 +9,7 @@ README.md beside this file has what was measured, and where.
 
 import asyncio
 import json
+import os
 import random
 import re
 import shutil
@@ -196,7 +197,8 @@ async def sigterm(_seconds: float, count: int) -> None:
     """SIGTERM with 32 requests in the engine and 100 in the queue, while others go on asking."""
     card = read_card(MODELS / "mnist")
     request, right = build_request(card, 64), np.array([example.output for example in card.examples])
-    accepted, others, codes, order, ends, opened = Tally(), Tally(), Counter[int](), 0, [], []
+    accepted, others, codes, order = Tally(), Tally(), Counter[int](), 0
+    ends, opened = list[float](), list[int]()
     while len(opened) < count:
         with started() as service:
             async with (
@@ -430,6 +432,7 @@ ROWS: dict[str, tuple[Callable[[float, int], Awaitable[None]], float, int]] = { 
 def main(rows: Sequence[str], seconds: float | None, count: int | None) -> None:
     """Print the table, or only some ROWS of it."""
     for name in rows or ROWS:
+        print(f"{name}, load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores", flush=True)
         measure, usual_seconds, usual_count = ROWS[name]
         asyncio.run(measure(seconds or usual_seconds, count or usual_count))  # type: ignore[arg-type]
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-from tritonclient.grpc import service_pb2 as triton
+from tritonclient.grpc import model_config_pb2, service_pb2
 
 from proto import inference_pb2
 from proto.generate import generate
@@ -58,8 +58,9 @@ def test_generated_code_is_fresh(tmp_path: Path) -> None:
 
 def test_our_messages_and_tritons_live_in_one_process() -> None:
     """Every message of ours is Triton's, field by field, though both are imported here."""
+    triton = {**model_config_pb2.DESCRIPTOR.message_types_by_name, **service_pb2.DESCRIPTOR.message_types_by_name}
     for name, message in inference_pb2.DESCRIPTOR.message_types_by_name.items():
-        theirs = triton.DESCRIPTOR.message_types_by_name[name].fields_by_name
+        theirs = triton[name].fields_by_name
         for field in message.fields:
             other = theirs[field.name]
             assert (field.number, field.type, field.is_repeated) == (other.number, other.type, other.is_repeated), field.full_name

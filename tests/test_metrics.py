@@ -13,6 +13,8 @@ import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from proto.inference_pb2 import RepositoryModelLoadRequest
+from proto.inference_pb2_grpc import GRPCInferenceServiceStub
 from service.client import Client
 from tests.conftest import BIN, REPOSITORY, Service, run, serving
 
@@ -45,7 +47,7 @@ def test_calls_and_failures_are_counted(workspace: Path, workers: str) -> None:
                 client.answer([3, 5])
                 client.infer("fizzbuzz", [1, 2, 3])
                 with pytest.raises(grpc.RpcError):
-                    client.answer([-1])
+                    client.answer([])
                 with pytest.raises(grpc.RpcError):
                     client.infer("nosuch", [1])
         found = scrape()
@@ -81,7 +83,9 @@ def test_every_metric_is_described(workspace: Path) -> None:
         with Client(service.address) as client:
             client.answer([3])
             with pytest.raises(grpc.RpcError):
-                client.answer([-1])
+                client.answer([])
+        with grpc.insecure_channel(service.address) as channel:
+            GRPCInferenceServiceStub(channel).RepositoryModelLoad(RepositoryModelLoadRequest(model_name="fizzbuzz"))
         told = {re.sub(r"_(count|sum|bucket|created)$", "", name.partition(" ")[0]) for name in scrape()}
     assert {name for name in told if name != "trefoil_worker_restarts"} == described
 
