@@ -289,6 +289,47 @@ async def fails(call: Awaitable[Any]) -> bool:
     return False
 
 
+async def overload(seconds: float, _count: int) -> None:
+    """Ten times the load that it can take, of requests that cost far more to run than to refuse."""
+    request = build_request(read_card(MODELS / "fizzbuzz_any"), LARGE)
+    answered, refused, sizes = list[float](), list[float](), list[float]()
+    lost = Counter[str]()
+
+    async def one(stub: Any) -> None:
+        begun = time.perf_counter()
+        try:
+            await stub.ModelInfer(request, timeout=60)
+            answered.append(time.perf_counter() - begun)
+        except grpc.aio.AioRpcError as error:
+            if error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED:
+                refused.append(time.perf_counter() - begun)
+            else:
+                lost[error.code().name] += 1
+
+    with started("--queue-timeout", "2") as service:
+        async with connect(service.address, again=False) as channel:
+            stub = GRPCInferenceServiceStub(channel)
+            await one(stub)
+            begun = time.perf_counter()
+            await asyncio.gather(*(one(stub) for _ in range(4)))
+            each = (time.perf_counter() - begun) / 4
+            answered.clear()
+            tasks, end = set[asyncio.Task[None]](), time.perf_counter() + seconds
+            due = time.perf_counter()
+            while due < end:
+                tasks.add(asyncio.create_task(one(stub)))
+                due += each / 10
+                await asyncio.sleep(max(0, due - time.perf_counter()))
+                if len(tasks) % (int(seconds / each * 10) // 5) == 0:
+                    sizes.append(service.size()[0])
+            await asyncio.gather(*tasks)
+    found = f"{len(answered)} answered, p99 {np.percentile(answered, 99):.2f} s; {len(refused)} refused"
+    memory = ", ".join(f"{size:.0f}" for size in sizes)
+    found += f", median {statistics.median(refused) * 1e3:.1f} ms; other codes: {dict(lost) or 0}; {memory} MB"
+    what = f"ten times the load it can take, {10 / each:.0f} requests/s of {each * 1e3:.0f} ms each, {seconds:g} s"
+    row(what, found, f"p99 <= {2 + 2 * each:.2f} s, the rest RESOURCE_EXHAUSTED in < 5 ms, memory flat")
+
+
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # and empty SETTINGS
 
 
@@ -418,6 +459,7 @@ ROWS: dict[str, tuple[Callable[[float, int], Awaitable[None]], float, int]] = { 
     "kill": (kill, 60, 0),
     "restart": (restart, 60, 0),
     "sigterm": (sigterm, 0, 5),
+    "overload": (overload, 60, 0),
     "reload": (reload, 60, 100),
     "leaks": (leaks, 0, 1000),
     "soak": (soak, 1800, 0),
