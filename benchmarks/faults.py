@@ -9,6 +9,7 @@ README.md beside this file has what was measured, and where.
 
 import asyncio
 import json
+import os
 import random
 import re
 import shutil
@@ -196,7 +197,8 @@ async def sigterm(_seconds: float, count: int) -> None:
     """SIGTERM with 32 requests in the engine and 100 in the queue, while others go on asking."""
     card = read_card(MODELS / "mnist")
     request, right = build_request(card, 64), np.array([example.output for example in card.examples])
-    accepted, others, codes, order, ends, opened = Tally(), Tally(), Counter[int](), 0, [], []
+    accepted, others, codes, order = Tally(), Tally(), Counter[int](), 0
+    ends, opened = list[float](), list[int]()
     while len(opened) < count:
         with started() as service:
             async with (
@@ -285,6 +287,47 @@ async def fails(call: Awaitable[Any]) -> bool:
     except grpc.aio.AioRpcError:
         return True
     return False
+
+
+async def overload(seconds: float, _count: int) -> None:
+    """Ten times the load that it can take, of requests that cost far more to run than to refuse."""
+    request = build_request(read_card(MODELS / "fizzbuzz_any"), LARGE)
+    answered, refused, sizes = list[float](), list[float](), list[float]()
+    lost = Counter[str]()
+
+    async def one(stub: Any) -> None:
+        begun = time.perf_counter()
+        try:
+            await stub.ModelInfer(request, timeout=60)
+            answered.append(time.perf_counter() - begun)
+        except grpc.aio.AioRpcError as error:
+            if error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED:
+                refused.append(time.perf_counter() - begun)
+            else:
+                lost[error.code().name] += 1
+
+    with started("--queue-timeout", "2") as service:
+        async with connect(service.address, again=False) as channel:
+            stub = GRPCInferenceServiceStub(channel)
+            await one(stub)
+            begun = time.perf_counter()
+            await asyncio.gather(*(one(stub) for _ in range(4)))
+            each = (time.perf_counter() - begun) / 4
+            answered.clear()
+            tasks, end = set[asyncio.Task[None]](), time.perf_counter() + seconds
+            due = time.perf_counter()
+            while due < end:
+                tasks.add(asyncio.create_task(one(stub)))
+                due += each / 10
+                await asyncio.sleep(max(0, due - time.perf_counter()))
+                if len(tasks) % (int(seconds / each * 10) // 5) == 0:
+                    sizes.append(service.size()[0])
+            await asyncio.gather(*tasks)
+    found = f"{len(answered)} answered, p99 {np.percentile(answered, 99):.2f} s; {len(refused)} refused"
+    memory = ", ".join(f"{size:.0f}" for size in sizes)
+    found += f", median {statistics.median(refused) * 1e3:.1f} ms; other codes: {dict(lost) or 0}; {memory} MB"
+    what = f"ten times the load it can take, {10 / each:.0f} requests/s of {each * 1e3:.0f} ms each, {seconds:g} s"
+    row(what, found, f"p99 <= {2 + 2 * each:.2f} s, the rest RESOURCE_EXHAUSTED in < 5 ms, memory flat")
 
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # and empty SETTINGS
@@ -416,6 +459,7 @@ ROWS: dict[str, tuple[Callable[[float, int], Awaitable[None]], float, int]] = { 
     "kill": (kill, 60, 0),
     "restart": (restart, 60, 0),
     "sigterm": (sigterm, 0, 5),
+    "overload": (overload, 60, 0),
     "reload": (reload, 60, 100),
     "leaks": (leaks, 0, 1000),
     "soak": (soak, 1800, 0),
@@ -430,6 +474,7 @@ ROWS: dict[str, tuple[Callable[[float, int], Awaitable[None]], float, int]] = { 
 def main(rows: Sequence[str], seconds: float | None, count: int | None) -> None:
     """Print the table, or only some ROWS of it."""
     for name in rows or ROWS:
+        print(f"{name}, load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores", flush=True)
         measure, usual_seconds, usual_count = ROWS[name]
         asyncio.run(measure(seconds or usual_seconds, count or usual_count))  # type: ignore[arg-type]
 

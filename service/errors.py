@@ -7,6 +7,7 @@
              ModelUnavailableError                  ShuttingDownError
              ModelRefusedError (repository RPCs)
              UnauthenticatedError
+             DeadlinePassedError
 
 A client always gets what is wrong, where, and what would be right. What is not listed here is a bug: the log has it with an id, the
 client gets the id and nothing else.
@@ -110,6 +111,12 @@ class QueueTimeoutError(ServiceError):
     code = grpc.StatusCode.DEADLINE_EXCEEDED
 
 
+class DeadlinePassedError(ServiceError):
+    """The client waits no more; the request came too late to be started."""
+
+    code = grpc.StatusCode.DEADLINE_EXCEEDED
+
+
 class UnauthenticatedError(ServiceError):
     """The credentials are missing or wrong."""
 
@@ -145,6 +152,13 @@ def status(error: ServiceError) -> Status:
 def known(error: Exception) -> ServiceError:
     """The error as one that a client is told about; an unforeseen one is logged and becomes opaque."""
     return error if isinstance(error, ServiceError) else InternalError(error)
+
+
+def admit(servicer: Any, context: Any) -> None:
+    """Raise ShuttingDownError or DeadlinePassedError when a call comes too late; gRPC cancels the latter, but not at once."""
+    servicer.admit()
+    if context.time_remaining() == 0:
+        raise DeadlinePassedError("the deadline had passed when the request was read")
 
 
 async def end(error: BaseException, servicer: Any, method: str, context: Any) -> NoReturn:
@@ -192,7 +206,7 @@ def answers(method: Method) -> Method:
     async def guarded(servicer: Any, request: Any, context: Any) -> Any:
         started = perf_counter()
         try:
-            servicer.admit()
+            admit(servicer, context)
             refuse_unreadable(request)
             response = await method(servicer, request, context)
         except BaseException as error:  # noqa: BLE001  whatever it is: this is where it becomes a status
@@ -210,7 +224,7 @@ def streams(method: StreamMethod) -> StreamMethod:
     @functools.wraps(method)
     async def guarded(servicer: Any, request: Any, context: Any) -> AsyncIterator[Any]:
         try:
-            servicer.admit()
+            admit(servicer, context)
             refuse_unreadable(request)
             async for response in method(servicer, request, context):
                 yield response

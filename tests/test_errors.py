@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
+from unittest.mock import Mock
 
 import grpc
 import numpy as np
@@ -36,6 +37,7 @@ from service.card import Card, Rows, read_card
 from service.client import Client
 from service.config import Config
 from service.engine import Pace
+from service.errors import DeadlinePassedError, admit
 from service.server import Server
 from service.tensors import CONTENTS
 from tests.conftest import BIN, Service, run, serving
@@ -388,6 +390,37 @@ def test_drain(workspace: Path, engine: HeldEngine) -> None:
             assert await FizzBuzzStub(channel).Answer(AnswerRequest(numbers=[2])).code() == StatusCode.UNAVAILABLE
 
     asyncio.run(main())
+
+
+def test_late_calls(workspace: Path, engine: HeldEngine) -> None:
+    """While a server ends, a new call of any kind is refused at once, and what was accepted is answered."""
+
+    async def main() -> None:
+        async with inside(workspace / "models") as (server, channel):
+            stub = FizzBuzzStub(channel)
+            running = stub.Answer(AnswerRequest(numbers=[1]))
+            await asyncio.to_thread(engine.begun.wait)
+            server.repository.closing = True
+            for call in (stub.Answer(AnswerRequest(numbers=[2])), stub.Count(CountRequest(start=2, stop=3))):
+                assert await call.code() == StatusCode.UNAVAILABLE
+                assert "ask another one" in await call.details()
+            engine.open.set()
+            assert list((await running).words) == ["1"]
+        assert engine.executed == [1]
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(("remaining", "starts"), [(None, True), (0.5, True), (0.0, False)])
+def test_deadline_that_has_passed(remaining: float | None, *, starts: bool) -> None:
+    """A call whose deadline has passed when it is read is not started, though gRPC has not cancelled it yet."""
+    servicer, context = Mock(), Mock(time_remaining=lambda: remaining)
+    if starts:
+        admit(servicer, context)
+    else:
+        with pytest.raises(DeadlinePassedError):
+            admit(servicer, context)
+    servicer.admit.assert_called_once_with()
 
 
 @pytest.mark.parametrize("broken", ["engine", "service.servicers.fizzbuzz.words"])

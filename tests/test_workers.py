@@ -1,6 +1,5 @@
 """Several processes on one port: they answer, they are replaced, they end."""
 
-import json
 import os
 import shutil
 import signal
@@ -22,26 +21,16 @@ from proto.inference_pb2 import ModelInferRequest
 from proto.inference_pb2_grpc import GRPCInferenceServiceStub
 from service.bench import build_request
 from service.card import Card, Rows, read_card
+from service.client import OPTIONS
 from tests.conftest import BIN, Service, run, serving
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 WORKERS = health_pb2.HealthCheckRequest(service="workers")
-RETRY = {
-    "name": [{"service": "inference.GRPCInferenceService"}],
-    "retryPolicy": {
-        "maxAttempts": 5,
-        "initialBackoff": "0.1s",
-        "maxBackoff": "1s",
-        "backoffMultiplier": 2,
-        "retryableStatusCodes": ["UNAVAILABLE"],
-    },
-}
 
 
 def connect(service: Service) -> grpc.Channel:
     """A channel with a connection of its own, which tries again what a dying worker did not answer."""
-    options = [("grpc.use_local_subchannel_pool", 1), ("grpc.service_config", json.dumps({"methodConfig": [RETRY]}))]
-    channel = grpc.insecure_channel(service.address, options)
+    channel = grpc.insecure_channel(service.address, [*OPTIONS.items(), ("grpc.use_local_subchannel_pool", 1)])
     grpc.channel_ready_future(channel).result(30)
     return channel
 
@@ -93,8 +82,8 @@ def card(workspace: Path) -> Card:
 
 @pytest.fixture
 def request_(card: Card) -> ModelInferRequest:
-    """A request that takes a worker some time."""
-    return build_request(card, 256)
+    """A request that takes a worker some time, and is larger than what gRPC keeps to try again by default."""
+    return build_request(card, 512)
 
 
 def test_two_processes_answer(pair: Service, card: Card, request_: ModelInferRequest) -> None:

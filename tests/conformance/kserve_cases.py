@@ -4,6 +4,7 @@ import asyncio
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -12,12 +13,11 @@ from kserve import InferenceGRPCClient, InferInput, InferRequest
 DTYPES = {"UINT8": np.uint8, "INT64": np.int64, "FP32": np.float32}
 
 
-async def main(address: str, folder: Path) -> None:
+async def main(address: str, cards: list[dict[str, Any]]) -> None:
     """Ask for everything that the client can, for every model; raise when an answer is not right."""
     async with InferenceGRPCClient(address) as client:
         check(await client.is_server_live() and await client.is_server_ready(), "the server is live and ready")
-        for path in sorted(folder.glob("*/card.json")):
-            card = json.loads(path.read_text())
+        for card in cards:
             check(await client.is_model_ready(card["name"]), f"{card['name']} is ready")
             for raw in (False, True):
                 await infer(client, card, raw=raw)
@@ -29,7 +29,7 @@ async def main(address: str, folder: Path) -> None:
                 check(error.code() == grpc.StatusCode.NOT_FOUND, f"a model that there is not is refused: {error.details()}")
 
 
-async def infer(client: InferenceGRPCClient, card: dict, *, raw: bool) -> None:
+async def infer(client: InferenceGRPCClient, card: dict[str, Any], *, raw: bool) -> None:
     """Ask for the answers of a card."""
     rows = np.array([example["input"] for example in card["examples"]], DTYPES[card["input"]["datatype"]])
     tensor = InferInput(card["input"]["name"], list(rows.shape), card["input"]["datatype"])
@@ -49,4 +49,4 @@ def check(condition: bool, what: str) -> None:  # noqa: FBT001  the condition is
 
 
 if __name__ == "__main__":
-    asyncio.run(main(sys.argv[1], Path(sys.argv[2])))
+    asyncio.run(main(sys.argv[1], [json.loads(path.read_text()) for path in sorted(Path(sys.argv[2]).glob("*/card.json"))]))

@@ -2,7 +2,9 @@
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -38,7 +40,7 @@ def main(address: str, folder: Path) -> None:
         refused(stub.ModelInfer, pb.ModelInferRequest(model_name=names[0]), grpc.StatusCode.INVALID_ARGUMENT)
 
 
-def model(stub: GRPCInferenceServiceStub, card: dict) -> None:
+def model(stub: GRPCInferenceServiceStub, card: dict[str, Any]) -> None:
     """Ask about one model, and for the answers of its card."""
     name, tensor = card["name"], card["input"]
     check(stub.ModelReady(pb.ModelReadyRequest(name=name)).ready, f"{name} ready")
@@ -55,7 +57,7 @@ def model(stub: GRPCInferenceServiceStub, card: dict) -> None:
         check(right and response.id == "7" and response.model_name == name, f"{name} infers {'raw' if raw else 'typed'} contents")
 
 
-def refused(call: grpc.UnaryUnaryMultiCallable, request: object, code: grpc.StatusCode) -> None:
+def refused(call: Callable[[Any], Any], request: object, code: grpc.StatusCode) -> None:
     """Make sure that a call is refused."""
     try:
         call(request)
