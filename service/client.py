@@ -91,6 +91,13 @@ class Client:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._channel.close()
 
+    def health(self, name: str = "") -> str:
+        """SERVING, NOT_SERVING or UNKNOWN: the whole service, or a model."""
+        from grpc_health.v1 import health_pb2, health_pb2_grpc  # noqa: PLC0415  a client alone does without
+
+        response = health_pb2_grpc.HealthStub(self._channel).Check(health_pb2.HealthCheckRequest(service=name), **self._call)
+        return str(health_pb2.HealthCheckResponse.ServingStatus.Name(response.status))
+
     def classify(self, images: Sequence[bytes | np.ndarray]) -> list[Digit]:
         """Read digits: PNG or JPEG files given as their bytes, or arrays, (28, 28) uint8, 0 = paper, 255 = ink."""
         pictures = [Image(encoded=image) if isinstance(image, bytes) else Image(pixels=image.tobytes()) for image in images]

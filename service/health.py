@@ -1,27 +1,31 @@
 """Whether a service is well, for whatever starts it: `python -m service.health HOST:PORT [NAME]` exits with 0 when it is SERVING.
 
-NAME is a model, or `workers`; without one the whole service is meant.
+NAME is a model, or `workers`; without one the whole service is meant. TLS is as for `trefoil predict`: TREFOIL_TLS_CA,
+TREFOIL_CLIENT_CERTIFICATE and TREFOIL_CLIENT_KEY name files.
 """
 
+import os
 import sys
+from pathlib import Path
 
 import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from service.client import Client
 
 TIMEOUT = 4.0  # seconds
+FILES = ("TREFOIL_TLS_CA", "TREFOIL_CLIENT_CERTIFICATE", "TREFOIL_CLIENT_KEY")
 
 
 def main(address: str, name: str = "") -> int:
     """Ask once, say what the answer is; 0 for SERVING, else 1."""
-    with grpc.insecure_channel(address) as channel:
-        request = health_pb2.HealthCheckRequest(service=name)
-        try:
-            status = health_pb2_grpc.HealthStub(channel).Check(request, timeout=TIMEOUT).status
-        except grpc.RpcError as error:
-            print(f"{error.code().name}: {error.details()}")
-            return 1
-    print(health_pb2.HealthCheckResponse.ServingStatus.Name(status))
-    return int(status != health_pb2.HealthCheckResponse.SERVING)
+    ca, certificate, key = (Path(file) if (file := os.environ.get(variable)) else None for variable in FILES)
+    try:
+        with Client(address, tls_ca=ca, tls_certificate=certificate, tls_key=key, timeout=TIMEOUT) as client:
+            status = client.health(name)
+    except grpc.RpcError as error:
+        status = f"{error.code().name}: {error.details()}"
+    print(status)
+    return int(status != "SERVING")
 
 
 if __name__ == "__main__":

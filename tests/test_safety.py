@@ -51,7 +51,7 @@ from service.images import MAX_PIXELS, MAX_SCANS, START_OF_SCAN, Allowance, deco
 from service.repository import load
 from service.server import Server
 from service.signature import sign
-from tests.conftest import Service, run, serving
+from tests.conftest import REPOSITORY, Service, run, serving
 from tests.test_errors import HeldEngine, Visits, fields, inside, refusal, refused, unpack
 from tests.test_errors import engine as engine  # noqa: PLC0414  a fixture
 from tests.test_images import bomb, encoded, four
@@ -126,6 +126,9 @@ def test_tls_with_token(small: Path, tmp_path: Path, authority: Identity, worker
             assert refused(partial(ask, service, token="secret", **wrong)).code() == StatusCode.UNAVAILABLE  # noqa: S106
         flags = ("--server", service.address, "--token", "secret", "--tls-ca", "ca.pem")
         assert run("trefoil", "fizzbuzz", "3", "3", *flags, cwd=tmp_path).stdout == "fizz\n"
+        health = ("python", "-m", "service.health", service.address)
+        assert run(*health, cwd=REPOSITORY, TREFOIL_TLS_CA=str(tmp_path / "ca.pem")).stdout == "SERVING\n"
+        assert run(*health, cwd=REPOSITORY, check=False).returncode == 1
 
 
 def test_mtls(small: Path, tmp_path: Path, authority: Identity) -> None:
