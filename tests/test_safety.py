@@ -503,6 +503,7 @@ def test_many_large_pictures(default_service: Service) -> None:
 @asynccontextmanager
 async def limited(folder: Path, monkeypatch: pytest.MonkeyPatch, limits: dict[str, int], **settings: Any) -> AsyncIterator[Any]:
     """A server whose connections have these limits, and its address."""
+    assert limits.keys() <= server_.CONNECTION.keys()  # they are set to something in the first place
     monkeypatch.setattr("service.server.CONNECTION", {**server_.CONNECTION, **limits})
     async with inside(folder, **settings) as (server, _):
         yield server.config.address
