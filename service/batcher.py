@@ -217,13 +217,14 @@ class Batcher:
         """In the thread: run this batch, and then the next ones for as long as more rows wait than the loop would run."""
         while batch:
             loop.call_soon_threadsafe(self._deliver, batch, self._attempt(batch))
-            batch = self._take() if self._waiting_rows > self._inline_rows else []
+            least = self._max_batch_rows if self._max_delay else self._inline_rows + 1
+            batch = self._take() if self._waiting_rows >= least else []
 
     def _finish(self, _: asyncio.Future[None]) -> None:
-        """The thread has nothing more to do: go on with what waits."""
+        """The thread has nothing more to do: go on with what waits, at once or when `max_delay` is over."""
         self._running = None
         if not self._closed:
-            self._start()
+            (self._tick if self._max_delay else self._start)()
 
     def _take(self) -> list[_Waiting]:
         """The requests of the next batch, oldest first, as many as fit, one at least; none when none wait."""

@@ -536,7 +536,7 @@ def test_what_is_not_fit_is_refused(services: dict[str, Refusing], engine: str, 
         assert caught.value.status() == "StatusCode.FAILED_PRECONDITION"
         assert text in caught.value.message()
         assert caught.value.message().endswith("the version before goes on")
-        assert reasons(found.client)[MODEL] in caught.value.message()
+        assert reasons(found.client)[MODEL][:100] in caught.value.message()  # a long message is shortened
         assert reasons(found.client)["fizzbuzz"] == ""
         assert found.client.is_server_ready()
         np.testing.assert_array_equal(ask(found.client, rows, found.good), found.answers)

@@ -46,7 +46,15 @@ def until(condition: Callable[[], Any]) -> Any:
 
 def children(service: Service) -> list[psutil.Process]:
     """The workers that run."""
-    return [child for child in psutil.Process(service.process.pid).children() if child.status() != psutil.STATUS_ZOMBIE]
+    return [child for child in psutil.Process(service.process.pid).children() if runs(child)]
+
+
+def runs(process: psutil.Process) -> bool:
+    """Whether a process has not ended."""
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def connected(service: Service) -> list[psutil.Process]:
@@ -164,7 +172,8 @@ def test_sigterm_while_workers_start(workspace: Path) -> None:
         with serving(workspace / "models", "--workers", "2") as service:
             for worker in (workers := children(service)):
                 worker.kill()
-            until(lambda workers=workers: not {*children(service)} & {*workers})  # type: ignore[misc]
+            gone = {worker.pid for worker in workers}
+            until(lambda gone=gone: not {child.pid for child in children(service)} & gone)  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("shared", [False, True])
