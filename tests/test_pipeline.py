@@ -29,7 +29,7 @@ from pipeline.train import Params, build, fit, train
 from service.card import read_card
 from tests.conftest import clone, edit_params, run
 
-TRAINED = ("train", "cross_validate", "export", "evaluate")  # the stages that settings and code of networks concern
+TRAINED = ("train", "cross_validate", "export", "evaluate", "describe")  # the stages that settings and code of networks concern
 
 every_model = pytest.mark.parametrize("name", models.names())
 OWN = {"fizzbuzz_any": {"prove@fizzbuzz_any"}}  # the stages that only one model has, after those that all have
@@ -221,6 +221,7 @@ ANY = models.names()[0]
         (train, "__train__epochs", "many", "`$.epochs`"),
         (train, "__train__epochs", -1, "`$.epochs`"),
         (train, "__train__batch_size", 0, "`$.batch_size`"),
+        (train, "__train__precision", "half", "'half' is not known; use float32 or bfloat16"),
         (train, "__train__device", "tpu", "'tpu' is not known; use auto, cpu or cuda"),
         (train, "__train__device", "cuda", "torch sees no GPU; use auto or cpu"),
         (train, "__train__optimizer__name", "Sgdd", "'Sgdd' is no optimiser of torch.optim; use SGD"),
@@ -285,3 +286,18 @@ def test_a_damaged_mirror_stops_the_pipeline(tmp_path: Path) -> None:
     assert f"{name}.gz is damaged: expected SHA-256 {expected}, found {hashlib.sha256(damaged).hexdigest()}" in ended.stdout
     assert "Traceback" not in ended.stdout
     assert [path for folder in ("raw", "prepared") for path in (fresh / "data" / folder).rglob("*") if path.is_file()] == []
+
+
+@every_model
+def test_a_page_says_what_the_card_says(trained: Path, name: str) -> None:
+    """The page of a model has its description, warning, every unit and range, every figure and the hashes of its files."""
+    card = json.loads((trained / "models" / name / "card.json").read_text())
+    text = (trained / "docs" / "models" / f"{name}.md").read_text()
+    for said in (card["description"], card["warning"], card["intended_use"], card["data"]["sha256"], card["git_commit"]):
+        assert said in text
+    for feature in card["input"]["features"]:
+        assert f"| `{feature['name']}` | {feature['unit'] or '-'} | {feature['minimum']} to {feature['maximum']} |" in text
+    for figure in card["metrics"]:
+        assert figure == "rows" or f"| {figure.replace('_', ' ')} | " in text
+    for file, digest in card["files"].items():
+        assert f"| {file} | SHA-256 `{digest}` |" in text
