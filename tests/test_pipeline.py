@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,7 @@ from pipeline.stage import load_params, main, prepared
 from pipeline.train import Params, build, fit, train
 from service.card import read_card
 from tests.conftest import clone, edit_params, run
+from tests.test_workers import until
 
 TRAINED = ("train", "cross_validate", "export", "evaluate", "describe")  # the stages that settings and code of networks concern
 
@@ -115,6 +117,19 @@ def test_the_report_shows_every_model(trained: Path, tmp_path: Path) -> None:
     assert page.count("<svg") >= 5 * len(models.names()) + 1
     assert "misread: the answer" in page
     assert not re.search(r"""(src|href)=["']http""", re.sub(r"<metadata>.*?</metadata>", "", page, flags=re.DOTALL))
+
+
+def test_the_live_report_follows_the_curves(trained: Path, tmp_path: Path) -> None:
+    """`--live` draws what is there, and draws again when a point is added to a curve; the page loads itself anew."""
+    copy = shutil.copytree(trained, tmp_path / "live")
+    page, curve = copy / "report.html", copy / "models/fizzbuzz/curves/plots/metrics/train/loss.tsv"
+    with subprocess.Popen([sys.executable, "-m", "pipeline.report", "--live"], cwd=copy, stdout=subprocess.DEVNULL) as process:
+        first = until(lambda: page.is_file() and page.read_text())
+        assert 'http-equiv="refresh"' in first
+        assert first.count("<svg") == 2 * len(models.names())
+        curve.write_text(f"{curve.read_text()}201\t0.1\n")
+        until(lambda: page.read_text() not in ("", first))
+        process.terminate()
 
 
 # What is written
