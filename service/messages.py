@@ -227,7 +227,7 @@ class Tensors(Face[Any, np.ndarray]):
         return inference_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer
 
     def encode(self, where: str, row: Any) -> np.ndarray:
-        """One row, or with -1 before the shape a batch of them, with the same values in the model's datatype."""
+        """An array of the model's datatype."""
         return self._array(where, row, self._shape)
 
     def size(self, encoded: np.ndarray) -> int:
@@ -254,7 +254,7 @@ class Tensors(Face[Any, np.ndarray]):
         return [Part(start, len(some), self.request(some)) for start in starts for some in [array[start : start + step]]]
 
     def _array(self, where: str, given: Any, shape: tuple[int, ...]) -> np.ndarray:
-        """Numbers of any kind, with the same values in the model's datatype; -1 in the shape is any size."""
+        """Numbers of any kind as an array of the model's datatype; a whole number stays what it is. -1 in the shape is any size."""
         array = np.asarray(given)
         if array.dtype.kind not in "biuf":
             raise ValueError(f"{where}: {array.dtype} are no numbers; {self._datatype} is right")
