@@ -5,8 +5,9 @@ import os
 import sys
 from collections.abc import Mapping
 from importlib.metadata import version
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import click
 import grpc
@@ -111,7 +112,7 @@ def announce(config: Config, engines: Mapping[str, str]) -> None:
 @calls
 @click.argument("model", shell_complete=complete_models)
 @click.argument("values", nargs=-1, shell_complete=complete_values)
-@click.option("--input", "source", type=click.File(encoding="utf-8-sig"), help="Ask what this file says, `-` for stdin.")
+@click.option("--input", "source", type=click.File("rb"), help="Ask what this file says, `-` for stdin.")
 @click.option(
     "--format", "kind", type=click.Choice(list(predict_.READERS)), help="Of --input; else told by its suffix, lines for any other."
 )
@@ -121,7 +122,7 @@ def announce(config: Config, engines: Mapping[str, str]) -> None:
 @click.option("--json", "output", flag_value="json", help="The same as --output json.")
 @click.option("--draw", is_flag=True, help="Draw each digit in the terminal, with all probabilities.")
 def predict(
-    client: Client, model: str, values: tuple[str, ...], source: TextIO | None, kind: str | None, output: str, *, draw: bool
+    client: Client, model: str, values: tuple[str, ...], source: BufferedReader | None, kind: str | None, output: str, *, draw: bool
 ) -> None:
     """Ask the service for predictions.
 
@@ -215,7 +216,8 @@ def models(name: str | None, folder: Path, *, as_json: bool) -> None:
 def export_triton(target: Path, backend: str, folder: Path) -> None:
     """Write a model repository of NVIDIA Triton.
 
-    The trained models go into the new folder DIR. With --backend python Triton runs them with the onnxruntime of a Python of its version, where its own backend is not there.
+    The trained models go into the new folder DIR.
+    With --backend python Triton runs them with the onnxruntime of a Python of its version, where its own backend is not there.
 
     \b
     Examples:

@@ -8,13 +8,12 @@ so a file may be of any length. A record that is wrong ends it, with its place; 
 
 import csv
 import glob
-import io
 import json
 import re
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from io import BufferedReader, StringIO
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 import click
 import grpc
@@ -24,6 +23,7 @@ from service.client import MEASUREMENTS, Client
 from service.terminal import show_digit
 
 CHUNK = 256  # items of a request
+BLOCK = 2**16  # bytes of a file that are read at once
 CHUNK_BYTES = 2**18  # or so many bytes of pictures: a few large ones, as they also cost pixels
 SUFFIXES = {".csv": "csv", ".json": "jsonl", ".jsonl": "jsonl", ".ndjson": "jsonl"}  # all others are lines
 FIELD = re.compile(r"^\S+: ")  # what the service calls the part that is wrong; it is of the one item of a request
@@ -42,6 +42,7 @@ class Item(NamedTuple):
     place: str  # for an error
     known: Answer  # what the answer repeats of the record
     value: Any  # as the client takes it
+    urgent: bool = False  # the next has not come yet: answer this one before waiting
 
 
 class Face:
@@ -225,23 +226,36 @@ def arguments(face: Face, values: Sequence[str]) -> Iterator[Item]:
         raise WrongInputError(str(error)) from None
 
 
-def lines(face: Face, stream: TextIO, kind: str | None) -> Iterator[Item]:
+def lines(face: Face, stream: BufferedReader, kind: str | None) -> Iterator[Item]:
     """What a file asks, of a kind of READERS, else told by its suffix. Raises WrongInputError with the line."""
-    name, line = stream.name.strip("<>"), 0
-
-    def counted() -> Iterator[str]:
-        nonlocal line
-        for text in stream:
-            line += 1
-            yield text
-
+    name = stream.name.strip("<>")
+    text = Lines(stream)
     try:
-        for record in READERS[kind or SUFFIXES.get(Path(name).suffix.lower(), "lines")](counted()):
-            yield face.read(record, f"{name}, line {line}")
+        for record in READERS[kind or SUFFIXES.get(Path(name).suffix.lower(), "lines")](text):
+            yield face.read(record, f"{name}, line {text.number}")._replace(urgent=not text.more)
     except UnicodeDecodeError:
-        raise WrongInputError(f"{name} is no text in UTF-8; save it as such") from None
+        raise WrongInputError(f"{name}, line {text.number}: no text in UTF-8; save it as such") from None
     except (ValueError, csv.Error) as error:
-        raise WrongInputError(f"{name}, line {line}: {error}") from None
+        raise WrongInputError(f"{name}, line {text.number}: {error}") from None
+
+
+class Lines:
+    """The lines of a file; `number` is that of the latest, from 1 on, `more` whether the next is there without waiting."""
+
+    def __init__(self, stream: BufferedReader) -> None:
+        self._stream, self.number, self.more = stream, 0, False
+
+    def __iter__(self) -> Iterator[str]:
+        """Raise UnicodeDecodeError for what is no UTF-8."""
+        rest = b""
+        while block := self._stream.read1(BLOCK):  # what is there
+            *found, rest = (rest + block).split(b"\n")
+            for i, line in enumerate(found, 1):
+                self.number, self.more = self.number + 1, i < len(found)
+                yield f"{line.decode('utf-8-sig')}\n"
+        if rest:
+            self.number += 1
+            yield rest.decode("utf-8-sig")
 
 
 def from_lines(text: Iterable[str]) -> Iterator[str]:
@@ -277,15 +291,14 @@ def answers(client: Client, face: Face, items: Iterator[Item]) -> Iterator[tuple
 
 
 def chunks(items: Iterator[Item]) -> Iterator[list[Item]]:
-    """Items in lists for one request each; one by one when they are typed in. What comes before a wrong one is handed on first."""
-    most = 1 if sys.stdin.isatty() else CHUNK
+    """Items in lists for one request each. What comes before a wrong one is handed on first."""
     chunk: list[Item] = []
     size = 0
     try:
         for item in items:
             chunk.append(item)
             size += len(item.value) if isinstance(item.value, bytes) else 0
-            if len(chunk) == most or size >= CHUNK_BYTES:
+            if item.urgent or len(chunk) == CHUNK or size >= CHUNK_BYTES:
                 yield chunk
                 chunk, size = [], 0
     except WrongInputError:
@@ -358,7 +371,7 @@ def flatten(answer: Answer) -> Answer:
 
 def csv_line(values: Iterable[Any]) -> str:
     """Values as one line of CSV, without its end."""
-    line = io.StringIO()
+    line = StringIO()
     csv.writer(line, lineterminator="").writerow(values)
     return line.getvalue()
 

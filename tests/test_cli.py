@@ -198,21 +198,22 @@ def test_no_text_is_refused(default_service: Service, tmp_path: Path) -> None:
     """A file that is no UTF-8 is refused in a sentence."""
     (tmp_path / "patients.csv").write_bytes("größe\n".encode("latin-1"))
     said = ask(default_service, "predict", "diabetes", "--input", "patients.csv", status=1, cwd=tmp_path)
-    assert said == "trefoil: patients.csv is no text in UTF-8; save it as such\n"
+    assert said == "trefoil: patients.csv, line 1: no text in UTF-8; save it as such\n"
 
 
 def test_input_is_read_as_it_is_needed(default_service: Service) -> None:
-    """Answers come while the input is still being written, and there are as many as there were lines."""
+    """Answers come while the input pauses, and in the end there are as many as there were lines."""
     command = [str(BIN / "trefoil"), "predict", "fizzbuzz", "--input", "-", "--format", "csv", "--output", "csv"]
     command += ["--server", default_service.address]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin
         assert process.stdout
-        process.stdin.writelines(f"{line}\n" for line in ("number", *range(1, 1001)))
+        process.stdin.write("number\n1\n2\n3\n")
         process.stdin.flush()
         assert [process.stdout.readline() for _ in range(4)] == ["number,word\n", "1,1\n", "2,2\n", "3,fizz\n"]
+        process.stdin.write("".join(f"{n}\n" for n in range(4, 20001)))
         process.stdin.close()
-        assert len(process.stdout.read().splitlines()) == 997
+        assert len(process.stdout.read().splitlines()) == 19997
         assert process.wait(60) == 0
 
 
