@@ -1,7 +1,6 @@
 """The command `trefoil`."""
 
 import json
-import os
 import sys
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -31,8 +30,7 @@ TRY = {
 
 @click.group(cls=Trefoil, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(version("trefoil"), prog_name="trefoil")
-@click.pass_context
-def main(context: click.Context) -> None:
+def main() -> None:
     """Small models behind one gRPC service.
 
     \b
@@ -54,8 +52,6 @@ def main(context: click.Context) -> None:
 
     Settings of a client may come from TREFOIL_SERVER, TREFOIL_TOKEN and so on; each command's --help names them.
     """  # noqa: D301  \b is click's mark for text that keeps its lines
-    if os.environ.get("NO_COLOR"):
-        context.color = False
 
 
 @main.command()

@@ -145,7 +145,7 @@ def reason(server: str, error: grpc.RpcError) -> str:
     if "Connection refused" in details:
         return f"nothing listens at {server}; start a service with `trefoil serve`, or name another with --server"
     if any(text in details for text in ("failed to connect", "DNS resolution failed", "errors resolving")):
-        return f"{server} cannot be reached: {details}; is --server right, and TLS wanted (--tls-ca)?"
+        return f"{server} cannot be reached: {details}; check --server and --tls-ca"
     return f"the service at {server} says {error.code().name}: {details}"
 
 

@@ -23,10 +23,11 @@ from service.client import MEASUREMENTS, Client
 from service.terminal import show_digit
 
 CHUNK = 256  # items of a request
-BLOCK = 2**16  # bytes of a file that are read at once
 CHUNK_BYTES = 2**18  # or so many bytes of pictures: a few large ones, as they also cost pixels
+BLOCK = 2**16  # bytes of a file that are read at once
 SUFFIXES = {".csv": "csv", ".json": "jsonl", ".jsonl": "jsonl", ".ndjson": "jsonl"}  # all others are lines
 FIELD = re.compile(r"^\S+: ")  # what the service calls the part that is wrong; it is of the one item of a request
+TOO_LARGE = "Received message larger than max"  # as gRPC says it, as RESOURCE_EXHAUSTED
 INT64 = range(-(2**63), 2**63)
 
 Answer = dict[str, Any]
@@ -316,9 +317,10 @@ def ask(client: Client, face: Face, items: list[Item]) -> Iterator[tuple[Item, A
     except (ValueError, TypeError, OverflowError) as error:
         reason = f"{face.model!r} takes no such row: {error}"
     except grpc.RpcError as error:
-        if error.code() is not grpc.StatusCode.INVALID_ARGUMENT:
+        details = error.details() or ""
+        if error.code() is not grpc.StatusCode.INVALID_ARGUMENT and TOO_LARGE not in details:
             raise
-        reason = FIELD.sub("", error.details() or "")
+        reason = FIELD.sub("", details)
     else:
         yield from zip(items, found, strict=True)
         return
@@ -361,12 +363,11 @@ def as_csv(_face: Face, answered: Iterable[tuple[Item, Answer]]) -> Iterator[str
 
 def flatten(answer: Answer) -> Answer:
     """An answer without lists."""
-    columns = ((name, np.ravel(value).tolist() if isinstance(value, list) else value) for name, value in answer.items())
-    return {
-        key: part
-        for name, value in columns
-        for key, part in ([(f"{name}_{i}", each) for i, each in enumerate(value)] if isinstance(value, list) else [(name, value)])
-    }
+    flat: Answer = {}
+    for name, value in answer.items():
+        parts = np.ravel(value).tolist() if isinstance(value, list) else None
+        flat |= {name: value} if parts is None else {f"{name}_{i}": part for i, part in enumerate(parts)}
+    return flat
 
 
 def csv_line(values: Iterable[Any]) -> str:

@@ -153,6 +153,14 @@ def test_pictures_are_found_by_pattern_list_and_stdin(default_service: Service, 
         assert subprocess.run(command, stdin=picture, capture_output=True, check=True).stdout.startswith(b"-: 7 ")
 
 
+def test_a_picture_that_is_too_large_is_named(default_service: Service, tmp_path: Path) -> None:
+    """A file larger than any message is refused as such, with exit code 1: to try again later does not help."""
+    with (tmp_path / "large.png").open("wb") as file:
+        file.truncate(2**24 + 1)
+    said = ask(default_service, "predict", "mnist", "large.png", status=1, cwd=tmp_path)
+    assert said.startswith("trefoil: large.png: Received message larger than max")
+
+
 def test_drawn_is_what_the_model_sees(default_service: Service) -> None:
     """`--draw` shows 28 x 28 pixels in 14 lines, and a bar for each digit beside them."""
     head, *lines = ask(default_service, "predict", "mnist", str(SEVEN), "--draw").splitlines()
