@@ -27,7 +27,7 @@ with Path(__file__).with_name("patients.csv").open() as file:
 patients = [{name: float(row[name]) if row[name] else None for name in MEASUREMENTS} for row in table]
 for row, assessment in zip(table, client.assess(patients), strict=True):
     measured = sum(row[name] != "" for name in MEASUREMENTS)
-    print(f"{row['name']:5} {measured} of {len(MEASUREMENTS)} measured: {assessment.probability:.1%}, {assessment.label}")
+    print(f"{row['id']:5} {measured} of {len(MEASUREMENTS)} measured: {assessment.probability:.1%}, {assessment.label}")
 
 # %% [markdown]
 # ## What a measurement does
