@@ -3,9 +3,9 @@
     pip install -c constraints.txt -e '.[serve,bench,ray]'      # in an environment of its own: docs/deploy.md says why
     PYTHONPATH=. python benchmarks/ray_serve.py --ingress haproxy
 
-It starts the nodes with `ray start`, deploys as docs/deploy.md does, and prints, in this order: whether the official tritonclient gets
-the right answers; CPU time a request beside the plain service's; what came of a load while replicas went from 1 to 3 and back; and what
-came of one while a node was killed. Half of the callers have our client's retry policy. README.md has what was measured, and where.
+It starts the nodes with `ray start`, deploys as docs/deploy.md does, and prints whether the official tritonclient gets the right
+answers; CPU time a request beside the plain service's; what came of a load while replicas went from 1 to 3 and back; and what came of
+one while nodes were killed. Half of the callers have our client's retry policy. README.md has what was measured, and where.
 """
 
 import asyncio
@@ -20,8 +20,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ import tritonclient.grpc as triton
 
 from proto import inference_pb2_grpc
 from proto.inference_pb2 import ModelInferRequest
-from service.bench import Load, build_request, check, cpu_seconds, drive, started, with_asyncio, with_h2load
+from service.bench import Load, build_request, check, drive, started, with_asyncio, with_h2load
 from service.card import Card, read_card
 from service.client import OPTIONS
 from service.engine import TOLERANCE
@@ -124,7 +124,7 @@ class Cluster:
         with (self._folder / f"node{len(self.nodes)}").open("w+") as log:
             process = subprocess.Popen([*command, *flags], stdout=log, stderr=log, env=environment, cwd=ROOT)  # noqa: S603
             self.nodes.append(psutil.Process(process.pid))
-            for _ in range(300):
+            for _ in range(900):  # a busy machine takes minutes
                 time.sleep(0.2)
                 if "This command will now block" in (text := Path(log.name).read_text()):
                     return
@@ -149,7 +149,10 @@ class Cluster:
 
     def deploy(self, **autoscaling: float) -> None:
         """Deploy the application, or change how it scales."""
-        deployment = {"name": "trefoil", "autoscaling_config": {"max_replicas": NODES, "target_ongoing_requests": 32, **autoscaling}}
+        deployment = {
+            "name": "trefoil",
+            "autoscaling_config": {"max_replicas": NODES, "target_ongoing_requests": 32, **autoscaling},
+        }
         told = {"import_path": "deploy.ray_app:app", "args": {"models": str(ROOT / "models")}, "deployments": [deployment]}
         file = self._folder / "app.yaml"  # JSON is YAML
         file.write_text(json.dumps({"applications": [{"name": "default", "route_prefix": "/", **told}]}))
@@ -259,7 +262,7 @@ async def caller(stub: Any, request: ModelInferRequest, card: Card, tally: Tally
             continue
         found = np.frombuffer(response.raw_output_contents[0], card.output.dtype)
         tally.answered += 1
-        tally.wrong += found.size != expected.size or np.abs(found - expected).max() > TOLERANCE
+        tally.wrong += found.size != expected.size or bool(np.abs(found - expected).max() > TOLERANCE)
 
 
 class Callers:

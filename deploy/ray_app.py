@@ -1,8 +1,9 @@
-"""The same servicers, batchers and engines as replicas of a Ray Serve application, behind Ray's gRPC ingress.
+r"""The same servicers, batchers and engines as replicas of a Ray Serve application, behind Ray's gRPC ingress.
 
 With `deploy` importable and the models there on every node, and Ray started on it, once, on one of them:
 
-    serve start --proxy-location EveryNode --grpc-port 8001 --grpc-disable-reflection --grpc-servicer-functions deploy.ray_app.add_faces
+    serve start --proxy-location EveryNode --grpc-port 8001 --grpc-disable-reflection \
+        --grpc-servicer-functions deploy.ray_app.add_faces
     serve run deploy.ray_app:app models=/models
 
 Each `name=value` is one of SETTINGS. docs/deploy.md has what cannot be had so, and what it costs.
@@ -98,7 +99,9 @@ class Replica:
 
 async def refuse(line: str) -> NoReturn:
     """Answer `load NAME` and `unload NAME`: Ray hands a call to one replica, and the others would not hear of it."""
-    raise ModelRefusedError(f"cannot {line} in one replica alone: change the files in the models' folder, which each replica follows")
+    raise ModelRefusedError(
+        f"cannot {line} in one replica alone: change the files in the models' folder, which each replica follows"
+    )
 
 
 def unary(name: str) -> Callable[..., Any]:
@@ -109,7 +112,9 @@ def unary(name: str) -> Callable[..., Any]:
         try:
             return await handler.unary_unary(handler.request_deserializer(content), Context(grpc_context))
         except Ended:
-            return Empty()  # Ray hands on a context's trailing metadata beside a response alone; gRPC drops that when the code is not OK
+            return (
+                Empty()
+            )  # Ray hands on a context's trailing metadata beside a response alone; gRPC drops that when the code is not OK
 
     return method
 

@@ -9,7 +9,6 @@ from google.protobuf.message import DecodeError
 from service.errors import Unreadable
 from service.repository import Repository
 
-
 Parse = Callable[[bytes], Any]
 
 
@@ -28,7 +27,7 @@ class Readable:
     gRPC itself would answer them with UNKNOWN, and write a traceback into the log for each.
     """
 
-    def __init__(self, server: Any, read: "Callable[[Parse], Parse | None] | None" = None) -> None:
+    def __init__(self, server: Any, read: Callable[[Parse], Parse | None] | None = None) -> None:
         """`read` makes what reads requests of what would; without one it is `reader`, and where it gives None they stay bytes."""
         self._server, self._read = server, read or reader
 
