@@ -117,8 +117,8 @@ class Simulation:
     ) -> None:
         """Everything shares so many `cores`, or has as many as it takes.
 
-        `balance`: connection (each stays with the worker that chance gave it, as SO_REUSEPORT does), round robin or least (a request
-        goes to the worker that has the fewest).
+        `balance`: connection (each stays with the worker that chance gave it, as SO_REUSEPORT does), round robin or least (a
+        request goes to the worker that has the fewest).
         """
         self.costs, self.rows, self.inline_rows, self.batch_rows = costs, rows, inline_rows, batch_rows
         self.env, self._chance = simpy.Environment(), random.Random(seed)  # noqa: S311  no secret

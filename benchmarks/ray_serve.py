@@ -3,8 +3,8 @@
     pip install -c constraints.txt -e '.[serve,bench,ray]'      # in an environment of its own: docs/deploy.md says why
     PYTHONPATH=. python benchmarks/ray_serve.py --ingress haproxy
 
-It starts the nodes with `ray start`, deploys as docs/deploy.md does, and prints whether the official tritonclient gets the right
-answers; CPU time a request beside the plain service's; what came of a load while replicas went from 1 to 3 and back; and what came of
+It starts the nodes with `ray start`, deploys as docs/deploy.md does, and prints whether tritonclient gets right answers; CPU
+time a request beside the plain service's; what came of a load while replicas went from 1 to 3 and back; and what came of
 one while nodes were killed. Half of the callers have our client's retry policy. README.md has what was measured, and where.
 """
 
@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -93,9 +93,10 @@ def role(process: psutil.Process) -> str:
 class Tally:
     """What came of calls."""
 
+    phase: list[str]  # what goes on now
     answered: int = 0
     wrong: int = 0
-    lost: Counter[str] = field(default_factory=Counter)
+    lost: Counter[str] = field(default_factory=Counter)  # by phase and reason
 
     def __str__(self) -> str:
         """In words."""
@@ -219,9 +220,9 @@ def ask_as_triton_does(address: str) -> str:
     raise ValueError("an unknown model was answered")
 
 
-def used(cluster: Cluster, nodes: Sequence[psutil.Process] | None = None) -> Counter[str]:
+def used(cluster: Cluster, nodes: Sequence[psutil.Process] | None = None) -> defaultdict[str, float]:
     """CPU seconds of the processes of all nodes, or of some, by what they do."""
-    found = Counter[str]()
+    found = defaultdict[str, float](float)
     for process in cluster.processes(nodes):
         try:
             found[role(process)] += sum(process.cpu_times()[:2])
@@ -233,7 +234,7 @@ def used(cluster: Cluster, nodes: Sequence[psutil.Process] | None = None) -> Cou
 def cost(cluster: Cluster, address: str, model: str, rows: int, rounds: int) -> str:
     """A line of the table: CPU microseconds a request of the plain service, and of Ray's processes, by what they do."""
     load = Load(request=build_request(read_card(ROOT / "models" / model), rows), requests=2000)
-    plain, ours = list[float](), list[Counter[str]]()
+    plain, ours = list[float](), list[dict[str, float]]()
     rates = list[tuple[float, float]]()
     with started(str(BIN / "trefoil"), "serve", "--port=0", "--device=cpu", f"--models={ROOT / 'models'}") as (other, pid):
         for _ in range(rounds + 1):
@@ -243,7 +244,7 @@ def cost(cluster: Cluster, address: str, model: str, rows: int, rounds: int) -> 
             (with_h2load if shutil.which("h2load") else with_asyncio)(address, load)
             rates.append((found.requests_per_second, load.requests / (time.perf_counter() - begun)))
             plain.append(found.cpu_us)
-            ours.append(Counter({key: (value - before[key]) / load.requests * 1e6 for key, value in used(cluster).items()}))
+            ours.append({key: (value - before[key]) / load.requests * 1e6 for key, value in used(cluster).items()})
     parts = {key: statistics.median(each[key] for each in ours[1:]) for key in ("ingress", "replica", "other")}
     figures = " ".join(f"{value:9.0f}" for value in (statistics.median(plain[1:]), sum(parts.values()), *parts.values()))
     rate = " ".join(f"{statistics.median(each):9.0f}" for each in zip(*rates[1:], strict=True))
@@ -258,11 +259,11 @@ async def caller(stub: Any, request: ModelInferRequest, card: Card, tally: Tally
         try:
             response = await stub.ModelInfer(request, timeout=60)
         except grpc.aio.AioRpcError as error:
-            tally.lost[f"{error.code().name} ({(error.details() or '').splitlines()[0][:60]})"] += 1
+            tally.lost[f"{tally.phase[0]}: {error.code().name} ({(error.details() or '').splitlines()[0][:60]})"] += 1
             continue
         found = np.frombuffer(response.raw_output_contents[0], card.output.dtype)
         tally.answered += 1
-        tally.wrong += found.size != expected.size or bool(np.abs(found - expected).max() > TOLERANCE)
+        tally.wrong += int(found.size != expected.size or np.abs(found - expected).max() > TOLERANCE)
 
 
 class Callers:
@@ -270,7 +271,8 @@ class Callers:
 
     def __init__(self, address: str) -> None:
         self._address, self._tasks = address, list[tuple[asyncio.Task[None], asyncio.Event]]()
-        self.plain, self.again = Tally(), Tally()
+        self.phase = ["steady"]
+        self.plain, self.again = Tally(self.phase), Tally(self.phase)
 
     async def become(self, count: int) -> None:
         """Have so many callers; those that are too many finish their calls, however long that takes."""
@@ -329,9 +331,14 @@ async def kill(cluster: Cluster, address: str, kills: int) -> str:
         before = used(cluster, cluster.nodes[-1:])["replica"]
         await asyncio.sleep(5)
         busy.append((used(cluster, cluster.nodes[-1:])["replica"] - before) / 5)
+        callers.phase[0] = "node killed"
         killed += await asyncio.to_thread(cluster.kill)
-        await asyncio.sleep(10)
+        await asyncio.sleep(15)
+        callers.phase[0] = "node joins"
         await asyncio.to_thread(cluster.add)
+        await until(cluster, NODES, 120)
+        await asyncio.sleep(5)
+        callers.phase[0] = "steady"
     await callers.become(0)
     cores = ", ".join(f"{share:.0%}" for share in busy)
     return f"{kills} nodes killed, {dict(killed)} processes; their replicas were at {cores} of a core\n{callers}"
