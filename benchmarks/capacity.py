@@ -4,6 +4,7 @@ What one request costs is measured here, a small discrete-event simulation predi
 printed beside, with the error of the prediction. docs/scale.md has what came out.
 """
 
+import contextlib
 import itertools
 import math
 import random
@@ -14,7 +15,6 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -234,7 +234,7 @@ def costs(found: Measured, model: str, rows: int) -> Costs:
     return Costs(loop=loop, start=start, row=row, client=found.client)
 
 
-@contextmanager
+@contextlib.contextmanager
 def counting(address: str) -> Iterator[tuple[str, list[int]]]:
     """A relay to a service: its address, and a list of the bytes that went either way."""
     host, _, port = address.rpartition(":")
@@ -242,9 +242,10 @@ def counting(address: str) -> Iterator[tuple[str, list[int]]]:
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def pump(source: socket.socket, target: socket.socket, way: int) -> None:
-            while part := source.recv(2**16):
-                counts[way] += len(part)
-                target.sendall(part)
+            with contextlib.suppress(OSError):  # either end has gone
+                while part := source.recv(2**16):
+                    counts[way] += len(part)
+                    target.sendall(part)
 
         def relay() -> None:
             near, _ = server.accept()
