@@ -9,6 +9,8 @@ from google.protobuf.message import DecodeError
 from service.errors import Unreadable
 from service.repository import Repository
 
+Parse = Callable[[bytes], Any]
+
 
 class Face:
     """What every servicer has: the models, whether new calls are welcome, and where it writes down how they went."""
@@ -25,20 +27,21 @@ class Readable:
     gRPC itself would answer them with UNKNOWN, and write a traceback into the log for each.
     """
 
-    def __init__(self, server: grpc.aio.Server) -> None:
-        self._server = server
+    def __init__(self, server: Any, read: Callable[[Parse], Parse | None] | None = None) -> None:
+        """`read` makes what reads requests of what would; without one it is `reader`, and where it gives None they stay bytes."""
+        self._server, self._read = server, read or reader
 
     def add_generic_rpc_handlers(self, handlers: Sequence[grpc.GenericRpcHandler]) -> None:
         """Add nothing: generated code registers the same methods, next."""
 
     def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Any]) -> None:
         """Add the methods of a face."""
-        careful = {name: had._replace(request_deserializer=reader(had.request_deserializer)) for name, had in handlers.items()}
+        careful = {name: had._replace(request_deserializer=self._read(had.request_deserializer)) for name, had in handlers.items()}
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, careful),))
         self._server.add_registered_method_handlers(service, careful)
 
 
-def reader(parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+def reader(parse: Parse) -> Parse:
     """`parse`, with an answer for what it cannot read."""
 
     def read(content: bytes) -> Any:
