@@ -1,4 +1,4 @@
-"""Train one model on its prepared rows: in memory, on one device, in one loop."""
+"""Train one model on its prepared rows: in memory, in one loop, on one device or in several processes."""
 
 import math
 from typing import Any
@@ -13,10 +13,13 @@ from tqdm import tqdm
 
 import models.network
 from models.network import Predictor
+from pipeline.distributed import ALONE, Alone, joined, launch, launched
 from pipeline.stage import NotNegative, PipelineError, Positive, Section, Share, folder, load_params, load_rows, main
 
 KEEP_MEMORY = 31 * 2**20  # bytes; glibc unmaps freed blocks larger than the largest one freed so far, if that is below 32 MiB
 CURVE_POINTS = 100  # at most so many points a learning curve
+
+Curves = dict[int, dict[str, dict[str, float]]]  # epoch -> train | validation -> loss | accuracy -> value
 
 
 class Params(Section, frozen=True, kw_only=True):
@@ -30,7 +33,8 @@ class Params(Section, frozen=True, kw_only=True):
     warmup: Share = 0.0  # of all steps in which the learning rate rises; then it falls to 0 along a cosine
     label_smoothing: Share = 0.0
     validation_rows: NotNegative = 0  # so many random training rows are held out, to choose settings by
-    threads: NotNegative = 0  # of torch on the CPU; 0: one a core. Small networks are quicker with 1
+    threads: NotNegative = 0  # of torch on the CPU, a process; 0: one a core. Small networks are quicker with 1
+    processes: Positive = 1  # that share each batch, on all hosts together
     network: str | dict[str, Any] = msgspec.field(default_factory=dict)  # keywords of the model's Network, or only its `name`
 
 
@@ -87,7 +91,7 @@ def correct(outputs: Tensor, targets: Tensor) -> Tensor:
     return targets.new_zeros(()) if targets.is_floating_point() else (outputs.argmax(dim=1) == targets).sum()
 
 
-def figures(loss_sum: Tensor, right: Tensor, targets: Tensor) -> dict[str, float]:
+def figures(targets: Tensor, loss_sum: Tensor, right: Tensor) -> dict[str, float]:
     """Mean loss, and of a classifier accuracy, over all rows."""
     means = {"loss": loss_sum.item() / len(targets), "accuracy": right.item() / len(targets)}
     return {"loss": means["loss"]} if targets.is_floating_point() else means
@@ -98,15 +102,18 @@ def score(network: Predictor, inputs: Tensor, targets: Tensor) -> dict[str, floa
     """Mean loss, and of a classifier accuracy, over all rows, without label smoothing."""
     network.eval()
     outputs = torch.cat([network.outputs(rows) for rows in inputs.split(1000)])  # (rows, ...)
-    return figures(loss_of(outputs, targets) * len(targets), correct(outputs, targets), targets)
+    return figures(targets, loss_of(outputs, targets) * len(targets), correct(outputs, targets))
 
 
-def fit(model: str, inputs: np.ndarray, targets: np.ndarray, params: Params, live: Live | None = None) -> Predictor:
+def fit(
+    model: str, inputs: np.ndarray, targets: np.ndarray, params: Params, curves: Curves | None = None, group: Alone = ALONE
+) -> Predictor:
     """Train a fresh network on all rows but `validation_rows`; return it on the CPU, in evaluation mode.
 
-    inputs: (rows, ...) as the contract describes them; targets: (rows,) class indices, or (rows, ...) values. Learning curves go to
-    `live`.
+    inputs: (rows, ...) as the contract describes them; targets: (rows,) class indices, or (rows, ...) values. Learning curves are
+    added to `curves`. Every process of `group` makes this call.
     """
+    curves = {} if curves is None else curves
     torch.empty(KEEP_MEMORY, dtype=torch.uint8)  # freed at once: a third less CPU time in the loop, for want of page faults
     torch.manual_seed(params.seed)
     if params.threads:
@@ -122,54 +129,66 @@ def fit(model: str, inputs: np.ndarray, targets: np.ndarray, params: Params, liv
     network.adapt(x)
     network.solve(x, y)
     if not params.epochs:
-        if live:
-            log(live, 0, {"train": score(network, x, y)})
+        curves[0] = {"train": score(network, x, y)}
         return network.cpu().eval()
 
     optimizer = build_optimizer(network, params.optimizer)
-    steps = params.epochs * math.ceil(len(x) / params.batch_size)
+    steps = params.epochs * group.batches(len(x), params.batch_size)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(params.warmup, steps))
-    progress = tqdm(range(params.epochs), desc=f"train {model} on {device.type}", unit="epoch", mininterval=0.5)
+    outputs_of = group.wrap(network)
+    title = f"train {model} on {device.type}"
+    progress = tqdm(range(params.epochs), desc=title, unit="epoch", mininterval=0.5, disable=group.rank > 0)
     for epoch in progress:
         network.train()
         loss_sum, right = torch.zeros(2, device=device)
-        for batch in torch.randperm(len(x), device=device).split(params.batch_size):
-            outputs = network.outputs(network.augment(x[batch]))  # (batch, ...)
+        for whole in group.agree(torch.randperm(len(x), device=device)).split(params.batch_size):
+            batch, weight = group.share(whole)
+            outputs = outputs_of(network.augment(x[batch]))  # (batch, ...)
             loss = loss_of(outputs, y[batch], params.label_smoothing)
             optimizer.zero_grad()
-            loss.backward()
+            (loss * weight).backward()
             optimizer.step()
             scheduler.step()
             loss_sum += loss.detach() * len(batch)
             right += correct(outputs, y[batch])
 
         if (epoch + 1) % math.ceil(params.epochs / CURVE_POINTS) == 0 or epoch + 1 == params.epochs:
-            curves = {"train": figures(loss_sum, right, y)}
+            point = curves[epoch + 1] = {"train": figures(y, *group.sums(loss_sum, right))}
             if len(held_out):
-                curves["validation"] = score(network, validation_x, validation_y)
-            shown = {f"{part} {name}": f"{value:.4f}" for part, c in curves.items() for name, value in c.items()}
+                point["validation"] = score(network, validation_x, validation_y)
+            shown = {f"{part} {name}": f"{value:.4f}" for part, values in point.items() for name, value in values.items()}
             progress.set_postfix(shown, refresh=False)
-            if live:
-                log(live, epoch + 1, curves)
     return network.cpu().eval()
 
 
-def log(live: Live, epoch: int, curves: dict[str, dict[str, float]]) -> None:
-    """Add one point to each learning curve."""
-    live.step = epoch
-    for part, values in curves.items():
-        for name, value in values.items():
-            live.log_metric(f"{part}/{name}", value)
-    live.make_summary()
+def write(model: str, network: Predictor, curves: Curves) -> None:
+    """Write the learning curves, then checkpoint.pt, which is there whole or not at all."""
+    with Live(str(folder(model) / "curves"), dvcyaml=False, save_dvc_exp=False) as live:
+        for live.step, point in curves.items():
+            for part, values in point.items():
+                for name, value in values.items():
+                    live.log_metric(f"{part}/{name}", value)
+            live.make_summary()
+    unfinished = folder(model) / "checkpoint.part"
+    torch.save(network.state_dict(), unfinished)
+    unfinished.replace(unfinished.with_suffix(".pt"))
 
 
 def train(model: str) -> None:
-    """Stage: prepared rows -> checkpoint.pt (state_dict) and learning curves."""
+    """Stage: prepared rows -> checkpoint.pt (state_dict) and learning curves, all written at the end, by rank 0."""
     params = load_params(model, "train", Params)
-    data = load_rows(model)
-    with Live(str(folder(model) / "curves"), dvcyaml=False, save_dvc_exp=False) as live:
-        network = fit(model, data["train_inputs"], data["train_targets"], params, live)
-    torch.save(network.state_dict(), folder(model) / "checkpoint.pt")
+    device = choose_device(params.device)
+    if params.processes > 1 and not launched():
+        launch("pipeline.train", model, params.processes)
+        return
+    with joined(params.processes, device) as group:
+        data = load_rows(model)
+        inputs, targets = data["train_inputs"], data["train_targets"]
+        group.check(msgspec.json.encode(params), inputs, targets)
+        curves: Curves = {}
+        network = fit(model, inputs, targets, params, curves, group)
+    if not group.rank:
+        write(model, network, curves)
 
 
 if __name__ == "__main__":
