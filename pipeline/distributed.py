@@ -170,7 +170,7 @@ def launch(module: str, model: str, processes: int) -> None:
 
 
 def cause(failures: Mapping[int, ProcessFailure]) -> str:
-    """Why the processes of this host have failed: what came first, and of one second what nobody told; not that others were stopped."""
+    """Why the processes of this host have failed: what came first, before what others told of it, or that they were stopped."""
     rank, failure = min(
         failures.items(), key=lambda pair: (pair[1].exitcode == -signal.SIGTERM, pair[1].timestamp, pair[1].exitcode > 0)
     )

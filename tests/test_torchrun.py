@@ -15,10 +15,10 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 import models
-from pipeline import distributed
 from pipeline.distributed import ALONE, Group, cause, join, launch
 from pipeline.prepare import prepare
 from pipeline.stage import PipelineError
@@ -62,8 +62,7 @@ def ranks(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str
     outcomes = tmp_path_factory.mktemp("outcomes")
     start = f"from pipeline.distributed import launch; launch('tests.torchrun_worker', {str(outcomes)!r}, 2)"
     run(sys.executable, "-c", start, cwd=rows)
-    sys.modules["__main__"].Outcome = Outcome  # type: ignore[attr-defined]
-    return [torch.load(outcomes / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    return [torch.load(outcomes / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
 def written(folder: Path) -> set[str]:
@@ -79,23 +78,23 @@ def test_both_ranks_end_with_the_same_weights(ranks: list[dict[str, Outcome]]) -
     """After each training the weights and the figures of the two processes are equal, bit by bit."""
     for name, first in ranks[0].items():
         second = ranks[1][name]
-        assert all(torch.equal(first.weights[weight], second.weights[weight]) for weight in first.weights), name
-        assert [point["train"] for point in first.curves.values()] == [point["train"] for point in second.curves.values()]
+        assert all(torch.equal(first["weights"][weight], second["weights"][weight]) for weight in first["weights"]), name
+        assert [point["train"] for point in first["curves"].values()] == [point["train"] for point in second["curves"].values()]
 
 
 @pytest.mark.parametrize("name", ["fizzbuzz", "diabetes", "fizzbuzz_any"])
 def test_gradients_are_those_of_the_whole_batch(alone: dict[str, Outcome], ranks: list[dict[str, Outcome]], name: str) -> None:
     """Where nothing is random but the order of the rows, two processes compute what one does, up to rounding."""
-    for weight, expected in alone[name].weights.items():
-        torch.testing.assert_close(ranks[0][name].weights[weight], expected, rtol=0, atol=1e-4)
-    for epoch, point in alone[name].curves.items():
+    for weight, expected in alone[name]["weights"].items():
+        torch.testing.assert_close(ranks[0][name]["weights"][weight], expected, rtol=0, atol=1e-4)
+    for epoch, point in alone[name]["curves"].items():
         for part, figures in point.items():
-            assert ranks[0][name].curves[epoch][part] == pytest.approx(figures, abs=1e-4)
+            assert ranks[0][name]["curves"][epoch][part] == pytest.approx(figures, abs=1e-4)
 
 
 def test_metrics_are_within_the_spread_over_seeds(alone: dict[str, Outcome], ranks: list[dict[str, Outcome]]) -> None:
     """With augmentation and batch norm, the mean test loss of two processes is that of one, within three standard errors."""
-    one, two = (np.array([outcomes[f"mnist {seed}"].test_loss for seed in SEEDS]) for outcomes in (alone, ranks[0]))
+    one, two = (np.array([outcomes[f"mnist {seed}"]["test_loss"] for seed in SEEDS]) for outcomes in (alone, ranks[0]))
     standard_error = np.sqrt((one.var(ddof=1) + two.var(ddof=1)) / len(SEEDS))
     assert 0 < standard_error < 0.2 * one.mean()
     assert abs(one.mean() - two.mean()) < 3 * standard_error
@@ -104,28 +103,27 @@ def test_metrics_are_within_the_spread_over_seeds(alone: dict[str, Outcome], ran
 def test_each_rank_has_random_numbers_of_its_own(ranks: list[dict[str, Outcome]]) -> None:
     """The ranks draw different numbers, and the same ones in each run of the seed."""
     first, second = ranks
-    assert not torch.equal(first["mnist 0"].random, second["mnist 0"].random)
+    assert not torch.equal(first["mnist 0"]["random"], second["mnist 0"]["random"])
     for rank in ranks:
-        assert torch.equal(rank["mnist 0"].random, rank["mnist again"].random)
-        assert rank["mnist 0"].curves == rank["mnist again"].curves
+        assert torch.equal(rank["mnist 0"]["random"], rank["mnist again"]["random"])
+        assert rank["mnist 0"]["curves"] == rank["mnist again"]["curves"]
 
 
 def test_one_process_is_the_plain_loop(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With `processes: 1` nothing is launched and no process group is made; the checkpoint is the network's own state."""
     edit_params(folder, fizzbuzz__train__processes=1)
     monkeypatch.delattr(dist, "init_process_group")
-    monkeypatch.delattr(distributed.run, "run")
+    monkeypatch.delattr(torchrun, "run")
     train("fizzbuzz")
     assert written(folder) >= {"checkpoint.pt"}
 
 
-def test_dvc_repro_launches_the_processes(folder: Path) -> None:
+def test_the_stage_launches_the_processes(folder: Path) -> None:
     """With `processes: 2` the stage writes what it writes with one, and only that; names of weights have no prefix."""
-    output = run("dvc", "repro", "--single-item", "train@fizzbuzz", cwd=folder).stdout
-    assert output.count("train fizzbuzz on cpu: 100%") == 1, output
+    output = run(*TRAIN, cwd=folder).stdout
+    assert output.count(" 0/2 ") == 1, output
     state = torch.load("models/fizzbuzz/checkpoint.pt", weights_only=True)
-    network = models.load("fizzbuzz", "network").Network(hidden=64)
-    network.load_state_dict(state)
+    models.load("fizzbuzz", "network").Network(hidden=64).load_state_dict(state)
     assert written(folder) == {"checkpoint.pt", "metrics.json", "loss.tsv", "accuracy.tsv"}
 
 
@@ -222,7 +220,7 @@ def test_torchrun_and_params_yaml_must_agree(monkeypatch: pytest.MonkeyPatch) ->
     """Another number of processes than params.yaml has is refused, and so is one that the hosts cannot divide."""
     for name, value in {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(PipelineError, match="torchrun has started 3, but params.yaml says 2"):
+    with pytest.raises(PipelineError, match="torchrun has started 3"):
         join(2, torch.device("cpu"))
     monkeypatch.setenv("PET_NNODES", "2")
     with pytest.raises(PipelineError, match="3 cannot be divided among 2 hosts"):
@@ -276,11 +274,11 @@ def two_hosts(cable: str, folder: Path) -> Iterator[list[subprocess.Popen[bytes]
 
 def test_two_hosts_train_together(cable: str, folder: Path) -> None:
     """Two hosts train one network; rank 0's has the checkpoint, of the weights that two processes on one host come to."""
-    launch_here = run(*TRAIN, cwd=folder)
+    run(*TRAIN, cwd=folder)
     expected = torch.load(folder / "models/fizzbuzz/checkpoint.pt", weights_only=True)
     (folder / "models/fizzbuzz/checkpoint.pt").unlink()
     with two_hosts(cable, folder) as processes:
-        assert [said(process) for process in processes] == [[], []], launch_here.stdout
+        assert [said(process) for process in processes] == [[], []]
     assert [process.returncode for process in processes] == [0, 0]
     found = torch.load(folder / "models/fizzbuzz/checkpoint.pt", weights_only=True)
     assert all(torch.equal(found[name], expected[name]) for name in expected)

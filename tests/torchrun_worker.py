@@ -2,8 +2,8 @@
 
 import os
 import sys
-from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 from msgspec.structs import replace
@@ -25,8 +25,7 @@ DIGITS = {"epochs": 3, "network": "tiny", "threads": 1}
 ROWS = 1000  # of the digits
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(TypedDict):
     """What a rank ends a training with."""
 
     weights: dict[str, Tensor]
@@ -42,7 +41,8 @@ def train(group: Alone, model: str, changes: dict[str, object]) -> Outcome:
     network = fit(model, data["train_inputs"][:ROWS], data["train_targets"][:ROWS], params, curves, group)
     random = torch.rand(4)
     loss = score(network, torch.from_numpy(data["test_inputs"]), torch.from_numpy(data["test_targets"]))["loss"]
-    return Outcome({name: weight.detach() for name, weight in network.named_parameters()}, curves, loss, random)
+    weights = {name: weight.detach() for name, weight in network.named_parameters()}
+    return {"weights": weights, "curves": curves, "test_loss": loss, "random": random}
 
 
 def train_all(group: Alone) -> dict[str, Outcome]:
