@@ -141,15 +141,14 @@ def launched() -> bool:
     return dist.is_torchelastic_launched()
 
 
-def launch(module: str, model: str, processes: int) -> None:
-    """Run `python -m module model` in this host's part of so many processes, as torchrun does, and wait for them.
+def launch(processes: int, module: str, *arguments: str) -> None:
+    """Run `python -m module arguments` in this host's part of so many processes, as torchrun does, and wait for them.
 
     Without more they are all on this host. torchrun's options come from its environment variables (PET_NNODES, PET_NODE_RANK,
     PET_MASTER_ADDR...). Raises PipelineError when the processes cannot start or do not all succeed.
     """
-    logging.disable(logging.ERROR)  # of torchrun, whose account of a failure becomes one sentence here
     with TemporaryDirectory() as logs:
-        options = run.parse_args(["--log-dir", logs, "--module", module, model])
+        options = run.parse_args(["--log-dir", logs, "--module", module, *arguments])
         hosts = run.parse_min_max_nnodes(options.nnodes)[1]
         if processes % hosts:
             raise PipelineError(f"processes: {processes} cannot be divided among {hosts} hosts; use a multiple of {hosts}")
@@ -159,6 +158,7 @@ def launch(module: str, model: str, processes: int) -> None:
             os.environ["TORCH_CPP_LOG_LEVEL"] = "FATAL"  # read when torch is loaded, so here too late:
             if hosts > 1:  # and while the other hosts are awaited, much would be told
                 os.execv(sys.executable, sys.orig_argv)  # noqa: S606  the same command again
+        logging.disable(logging.ERROR)  # of torchrun, whose account of a failure becomes one sentence here
         try:
             run.run(options)
         except ChildFailedError as error:

@@ -179,7 +179,7 @@ def train(model: str) -> None:
     params = load_params(model, "train", Params)
     device = choose_device(params.device)
     if params.processes > 1 and not launched():
-        launch("pipeline.train", model, params.processes)
+        launch(params.processes, "pipeline.train", model)
         return
     with joined(params.processes, device) as group:
         data = load_rows(model)

@@ -60,7 +60,7 @@ def alone(rows: Path) -> dict[str, Outcome]:
 def ranks(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Outcome]]:
     """What each of two processes ends each training with."""
     outcomes = tmp_path_factory.mktemp("outcomes")
-    start = f"from pipeline.distributed import launch; launch('tests.torchrun_worker', {str(outcomes)!r}, 2)"
+    start = f"from pipeline.distributed import launch; launch(2, 'tests.torchrun_worker', {str(outcomes)!r})"
     run(sys.executable, "-c", start, cwd=rows)
     return [torch.load(outcomes / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
@@ -224,7 +224,7 @@ def test_torchrun_and_params_yaml_must_agree(monkeypatch: pytest.MonkeyPatch) ->
         join(2, torch.device("cpu"))
     monkeypatch.setenv("PET_NNODES", "2")
     with pytest.raises(PipelineError, match="3 cannot be divided among 2 hosts"):
-        launch("pipeline.train", "fizzbuzz", 3)
+        launch(3, "pipeline.train", "fizzbuzz")
 
 
 # Two hosts
