@@ -91,7 +91,7 @@ class Group(Alone):
     hosts: tuple[str, ...]  # names, by rank
 
     def check(self, settings: bytes, *rows: np.ndarray) -> None:
-        """Compare a digest with rank 0's."""
+        """Compare digests."""
         digest = hashlib.sha256(settings)
         for array in rows:
             digest.update(np.ascontiguousarray(array).data)
@@ -144,21 +144,21 @@ def launched() -> bool:
 def launch(processes: int, module: str, *arguments: str) -> None:
     """Run `python -m module arguments` in this host's part of so many processes, as torchrun does, and wait for them.
 
-    Without more they are all on this host. torchrun's options come from its environment variables (PET_NNODES, PET_NODE_RANK,
-    PET_MASTER_ADDR...). Raises PipelineError when the processes cannot start or do not all succeed.
+    All are on this host unless torchrun's environment variables (PET_NNODES, PET_NODE_RANK, PET_MASTER_ADDR...) name others.
+    Raises PipelineError when the processes cannot start or do not all succeed.
     """
-    with TemporaryDirectory() as logs:
-        options = run.parse_args(["--log-dir", logs, "--module", module, *arguments])
-        hosts = run.parse_min_max_nnodes(options.nnodes)[1]
-        if processes % hosts:
-            raise PipelineError(f"processes: {processes} cannot be divided among {hosts} hosts; use a multiple of {hosts}")
-        options.nproc_per_node = str(processes // hosts)
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() * hosts // processes)))
-        if "TORCH_CPP_LOG_LEVEL" not in os.environ:
-            os.environ["TORCH_CPP_LOG_LEVEL"] = "FATAL"  # read when torch is loaded, so here too late:
-            if hosts > 1:  # and while the other hosts are awaited, much would be told
-                os.execv(sys.executable, sys.orig_argv)  # noqa: S606  the same command again
-        logging.disable(logging.ERROR)  # of torchrun, whose account of a failure becomes one sentence here
+    options = run.parse_args(["--module", module, *arguments])
+    hosts = run.parse_min_max_nnodes(options.nnodes)[1]
+    if processes % hosts:
+        raise PipelineError(f"processes: {processes} cannot be divided among {hosts} hosts; use a multiple of {hosts}")
+    options.nproc_per_node = str(processes // hosts)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() * hosts // processes)))
+    if "TORCH_CPP_LOG_LEVEL" not in os.environ:
+        os.environ["TORCH_CPP_LOG_LEVEL"] = "FATAL"  # read when torch is loaded, so too late for this process,
+        if hosts > 1:  # which would tell much while it waits for the other hosts
+            os.execv(sys.executable, sys.orig_argv)  # noqa: S606  the same command again
+    logging.disable(logging.ERROR)  # of torchrun, whose account of a failure becomes one sentence here
+    with TemporaryDirectory() as options.log_dir:
         try:
             run.run(options)
         except ChildFailedError as error:
@@ -237,4 +237,4 @@ def missing(group: Group) -> str:
         with suppress(dist.DistStoreError):
             store.wait(everyone, ROLL_CALL)
         lost = [rank for rank, key in enumerate(everyone) if not store.check([key])]
-    return ", ".join(f"rank {rank} on {group.hosts[rank]}" for rank in lost) or "one of the others, for a while,"
+    return ", ".join(f"rank {rank} on {group.hosts[rank]}" for rank in lost) or "one of the others in time"

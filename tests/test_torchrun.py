@@ -227,6 +227,22 @@ def test_torchrun_and_params_yaml_must_agree(monkeypatch: pytest.MonkeyPatch) ->
         launch(3, "pipeline.train", "fizzbuzz")
 
 
+def test_settings_and_rows_must_be_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process with one other value among its rows is refused before the training; one with the same rows is not."""
+    digests: list[str] = []
+
+    def gather(found: list[str], own: str) -> None:
+        digests.append(own)
+        found[:] = digests
+
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    group = Group(rank=0, size=2, hosts=("a", "b"))
+    group.check(b"{}", np.arange(4), np.zeros(2))
+    group.check(b"{}", np.arange(4), np.zeros(2))
+    with pytest.raises(PipelineError, match="differ between the hosts"):
+        group.check(b"{}", np.arange(4), np.array([0.0, 1.0]))
+
+
 # Two hosts
 
 
