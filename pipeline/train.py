@@ -1,6 +1,8 @@
-"""Train one model on its prepared rows: in memory, on one device, in one loop."""
+"""Train one model on its prepared rows: in memory, in one loop, on one device or in several processes."""
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import msgspec
@@ -13,10 +15,13 @@ from tqdm import tqdm
 
 import models.network
 from models.network import Predictor
+from pipeline.distributed import ALONE, Alone, joined, launch, launched
 from pipeline.stage import NotNegative, PipelineError, Positive, Section, Share, folder, load_params, load_rows, main
 
 KEEP_MEMORY = 31 * 2**20  # bytes; glibc unmaps freed blocks larger than the largest one freed so far, if that is below 32 MiB
 CURVE_POINTS = 100  # at most so many points a learning curve
+
+Point = dict[str, dict[str, float]]  # of learning curves: train | validation -> loss | accuracy -> value
 
 
 class Params(Section, frozen=True, kw_only=True):
@@ -31,7 +36,8 @@ class Params(Section, frozen=True, kw_only=True):
     label_smoothing: Share = 0.0
     precision: str = "float32"  # of the network's arithmetic: float32 | bfloat16, which is quicker where the processor has it
     validation_rows: NotNegative = 0  # so many random training rows are held out, to choose settings by
-    threads: NotNegative = 0  # of torch on the CPU; 0: one a core. Small networks are quicker with 1
+    threads: NotNegative = 0  # of torch on the CPU, a process; 0: one a core. Small networks are quicker with 1
+    processes: Positive = 1  # that share each batch, on all hosts together
     network: str | dict[str, Any] = msgspec.field(default_factory=dict)  # keywords of the model's Network, or only its `name`
 
     def __post_init__(self) -> None:
@@ -92,7 +98,7 @@ def correct(outputs: Tensor, targets: Tensor) -> Tensor:
     return targets.new_zeros(()) if targets.is_floating_point() else (outputs.argmax(dim=1) == targets).sum()
 
 
-def figures(loss_sum: Tensor, right: Tensor, targets: Tensor) -> dict[str, float]:
+def figures(targets: Tensor, loss_sum: Tensor, right: Tensor) -> dict[str, float]:
     """Mean loss, and of a classifier accuracy, over all rows."""
     means = {"loss": loss_sum.item() / len(targets), "accuracy": right.item() / len(targets)}
     return {"loss": means["loss"]} if targets.is_floating_point() else means
@@ -103,14 +109,21 @@ def score(network: Predictor, inputs: Tensor, targets: Tensor) -> dict[str, floa
     """Mean loss, and of a classifier accuracy, over all rows, without label smoothing."""
     network.eval()
     outputs = torch.cat([network.outputs(rows) for rows in inputs.split(1000)])  # (rows, ...)
-    return figures(loss_of(outputs, targets) * len(targets), correct(outputs, targets), targets)
+    return figures(targets, loss_of(outputs, targets) * len(targets), correct(outputs, targets))
 
 
-def fit(model: str, inputs: np.ndarray, targets: np.ndarray, params: Params, live: Live | None = None) -> Predictor:
+def fit(
+    model: str,
+    inputs: np.ndarray,
+    targets: np.ndarray,
+    params: Params,
+    record: Callable[[int, Point], None] = lambda _epoch, _point: None,
+    group: Alone = ALONE,
+) -> Predictor:
     """Train a fresh network on all rows but `validation_rows`; return it on the CPU, in evaluation mode.
 
-    inputs: (rows, ...) as the contract describes them; targets: (rows,) class indices, or (rows, ...) values. Learning curves go to
-    `live`.
+    inputs: (rows, ...) as the contract describes them; targets: (rows,) class indices, or (rows, ...) values. `record` gets each
+    epoch's point of the learning curves. Every process of `group` makes this call.
     """
     torch.empty(KEEP_MEMORY, dtype=torch.uint8)  # freed at once: a third less CPU time in the loop, for want of page faults
     torch.manual_seed(params.seed)
@@ -127,55 +140,88 @@ def fit(model: str, inputs: np.ndarray, targets: np.ndarray, params: Params, liv
     network.adapt(x)
     network.solve(x, y)
     if not params.epochs:
-        if live:
-            log(live, 0, {"train": score(network, x, y)})
+        record(0, {"train": score(network, x, y)})
         return network.cpu().eval()
 
     optimizer = build_optimizer(network, params.optimizer)
-    steps = params.epochs * math.ceil(len(x) / params.batch_size)
+    steps = params.epochs * group.batches(len(x), params.batch_size)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(params.warmup, steps))
-    progress = tqdm(range(params.epochs), desc=f"train {model} on {device.type}", unit="epoch", mininterval=0.5)
+    outputs_of = group.wrap(network)
+    title = f"train {model} on {device.type}"
+    progress = tqdm(range(params.epochs), desc=title, unit="epoch", mininterval=0.5, disable=group.rank > 0)
     for epoch in progress:
         network.train()
         loss_sum, right = torch.zeros(2, device=device)
-        for batch in torch.randperm(len(x), device=device).split(params.batch_size):
+        for whole in group.agree(torch.randperm(len(x), device=device)).split(params.batch_size):
+            batch, weight = group.share(whole)
             with torch.autocast(device.type, torch.bfloat16, enabled=params.precision == "bfloat16"):
-                outputs = network.outputs(network.augment(x[batch])).float()  # (batch, ...)
+                outputs = outputs_of(network.augment(x[batch])).float()  # (batch, ...)
             loss = loss_of(outputs, y[batch], params.label_smoothing)
             optimizer.zero_grad()
-            loss.backward()
+            (loss * weight).backward()
             optimizer.step()
             scheduler.step()
             loss_sum += loss.detach() * len(batch)
             right += correct(outputs, y[batch])
 
         if (epoch + 1) % math.ceil(params.epochs / CURVE_POINTS) == 0 or epoch + 1 == params.epochs:
-            curves = {"train": figures(loss_sum, right, y)}
+            point = {"train": figures(y, *group.sums(loss_sum, right))}
             if len(held_out):
-                curves["validation"] = score(network, validation_x, validation_y)
-            shown = {f"{part} {name}": f"{value:.4f}" for part, c in curves.items() for name, value in c.items()}
+                point["validation"] = score(network, validation_x, validation_y)
+            record(epoch + 1, point)
+            shown = {f"{part} {name}": f"{value:.4f}" for part, values in point.items() for name, value in values.items()}
             progress.set_postfix(shown, refresh=False)
-            if live:
-                log(live, epoch + 1, curves)
     return network.cpu().eval()
 
 
-def log(live: Live, epoch: int, curves: dict[str, dict[str, float]]) -> None:
-    """Add one point to each learning curve."""
-    live.step = epoch
-    for part, values in curves.items():
-        for name, value in values.items():
-            live.log_metric(f"{part}/{name}", value)
-    live.make_summary()
+@contextmanager
+def curves(model: str) -> Iterator[Callable[[int, Point], None]]:
+    """Learning curves on disk, to which points can be added."""
+    with Live(str(folder(model) / "curves"), dvcyaml=False, save_dvc_exp=False) as live:
+
+        def record(epoch: int, point: Point) -> None:
+            live.step = epoch
+            for part, values in point.items():
+                for name, value in values.items():
+                    live.log_metric(f"{part}/{name}", value)
+            live.make_summary()
+
+        yield record
 
 
 def train(model: str) -> None:
-    """Stage: prepared rows -> checkpoint.pt (state_dict) and learning curves."""
+    """Stage: prepared rows -> checkpoint.pt (state_dict), whole or not at all, and learning curves."""
     params = load_params(model, "train", Params)
-    data = load_rows(model)
-    with Live(str(folder(model) / "curves"), dvcyaml=False, save_dvc_exp=False) as live:
-        network = fit(model, data["train_inputs"], data["train_targets"], params, live)
-    torch.save(network.state_dict(), folder(model) / "checkpoint.pt")
+    device = choose_device(params.device)
+    if launched():
+        network = train_together(model, params, device)
+    elif params.processes > 1:
+        launch(params.processes, "pipeline.train", model)
+        return
+    else:
+        data = load_rows(model)
+        with curves(model) as record:
+            network = fit(model, data["train_inputs"], data["train_targets"], params, record)
+    if network:
+        unfinished = folder(model) / "checkpoint.part"
+        torch.save(network.state_dict(), unfinished)
+        unfinished.replace(unfinished.with_suffix(".pt"))
+
+
+def train_together(model: str, params: Params, device: torch.device) -> Predictor | None:
+    """Train as one of several processes. Rank 0 gets the network, and writes the curves at the end: who is cut off leaves none."""
+    points: dict[int, Point] = {}
+    with joined(params.processes, device) as group:
+        data = load_rows(model)
+        inputs, targets = data["train_inputs"], data["train_targets"]
+        group.check(msgspec.json.encode(params), inputs, targets)
+        network = fit(model, inputs, targets, params, points.__setitem__, group)
+    if group.rank:
+        return None
+    with curves(model) as record:
+        for epoch, point in points.items():
+            record(epoch, point)
+    return network
 
 
 if __name__ == "__main__":
