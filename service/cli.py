@@ -2,14 +2,18 @@
 
 import dataclasses
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
 
 import click
 import grpc
+from click.core import ParameterSource
 
 from service import logs
 from service.client import MEASUREMENTS, Client
@@ -323,3 +327,33 @@ def bench(model: str, rows: int, in_flight: int, requests: int, rounds: int, fol
         raise Refusal(error.details() if isinstance(error, grpc.Call) else str(error)) from None
     results["session.run"] = bench_.session_run(folder / model, card, rows)
     click.echo(bench_.table(results, rows))
+
+
+@main.command()
+@calls
+@click.option("--host", default="127.0.0.1", show_default=True, help="Of the page.")
+@click.option("--port", type=click.IntRange(0, 65535), default=7860, show_default=True, help="Of the page; 0 takes a free one.")
+@click.option("--models", "folder", type=Path, default=Path("models"), envvar="TREFOIL_MODELS", show_default=True)
+def demo(client: Client, host: str, port: int, folder: Path) -> None:  # noqa: ARG001  the page opens a client for each question
+    """Play with the models on a web page, until SIGTERM or Ctrl-C.
+
+    Without --server, the page has a service of its own, which serves --models.
+
+    \b
+    trefoil demo
+    trefoil demo --server localhost:8001
+    """  # noqa: D301
+    try:
+        from service import demo as demo_  # noqa: PLC0415
+    except ImportError as error:
+        raise Refusal(f"the page needs more packages: pip install 'trefoil[serve,demo]' ({error})") from None
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: sys.exit())
+    context = click.get_current_context()
+    own = context.get_parameter_source("server") == ParameterSource.DEFAULT
+    options = {name: context.params[name] for name in ("token", "tls_ca", "tls_certificate", "tls_key")}
+    try:
+        with demo_.service(folder) if own else nullcontext(context.params["server"]) as address:
+            demo_.run(demo_.Page(address, partial(Client, address, timeout=10, **options)), host, port)
+    except StartupError as error:
+        raise Refusal(str(error)) from None
