@@ -116,7 +116,8 @@ class Page:
 
     def build(self) -> gr.Blocks:
         """Lay out the fields and bind them to the questions."""
-        with gr.Blocks(title="trefoil", analytics_enabled=False) as blocks:
+        blocks = gr.Blocks(title="trefoil", analytics_enabled=False)
+        with blocks:
             gr.HTML(f"<h1>trefoil</h1><p>Small PyTorch models behind one gRPC service, {escape(self._address)}</p>")
             banner = gr.HTML()
             with gr.Row():
@@ -201,7 +202,7 @@ class Page:
         picture = base64.b64decode(drawing.partition(",")[2])
         return self._ask(lambda client: read_as(*client.classify([picture])))
 
-    def assess(self, *values: str) -> tuple[str, str]:
+    def assess(self, *values: str) -> tuple[str, Any]:
         """The probability of a positive test, of eight measurements or gaps; what `look` says."""
 
         def question(client: Client) -> str:
@@ -211,7 +212,7 @@ class Page:
 
         return self._ask(question)
 
-    def say(self, text: str) -> tuple[str, str]:
+    def say(self, text: str) -> tuple[str, Any]:
         """What to say for a number, and which model says so; what `look` says."""
 
         def question(client: Client) -> str:
@@ -221,7 +222,7 @@ class Page:
 
         return self._ask(question)
 
-    def count(self, start: str, stop: str, step: str) -> Iterator[tuple[str, str]]:
+    def count(self, start: str, stop: str, step: str) -> Iterator[tuple[str, Any]]:
         """The words of a count so far, and which model speaks; what `look` says."""
         words: deque[CountResponse] = deque(maxlen=SHOWN)
         try:
@@ -235,7 +236,7 @@ class Page:
             reason, away = self._explain(error)
             yield counted(words) + reason, away
 
-    def _ask(self, question: Callable[[Client], str]) -> tuple[str, str]:
+    def _ask(self, question: Callable[[Client], str]) -> tuple[str, Any]:
         """The answer, or why there is none; what `look` says."""
         try:
             with self._connect() as client:
@@ -243,10 +244,10 @@ class Page:
         except (grpc.RpcError, ValueError) as error:
             return self._explain(error)
 
-    def _explain(self, error: Exception) -> tuple[str, str]:
+    def _explain(self, error: Exception) -> tuple[str, Any]:
         """Why there is no answer; what `look` says."""
         if not isinstance(error, grpc.Call):
-            return note(str(error)), ""
+            return note(str(error)), gr.skip()
         away = self.look()
         return "" if away else note(str(error.details())), away
 
