@@ -80,6 +80,7 @@ element.querySelector("button").addEventListener("click", () => { clear(); show(
 STYLE = """
 .gradio-container { max-width: 84rem !important; margin: 0 auto; }
 .html-container { padding: 0 !important; }
+[data-testid="status-tracker"] { display: none !important; }  /* Gradio writes "Error" over a count that was stopped */
 h1, h2, h1 + p { margin: 0 !important; }
 #measurements label { height: 100%; display: flex; flex-direction: column; }
 #measurements .input-container { margin-top: auto; }

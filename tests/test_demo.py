@@ -288,12 +288,14 @@ def test_a_count(page: Page) -> None:
 
 
 def test_a_count_can_be_stopped(page: Page) -> None:
-    """The words of an endless count appear as they come, and after Stop no more do."""
+    """The words of an endless count appear as they come, and after Stop no more do; to stop is no error."""
     words = count(page, 1, 2**63 - 1)
     expect(words.nth(14)).to_have_text("fizzbuzz")
     page.get_by_role("button", name="Stop").click()
     page.wait_for_function(REST, polling=100)
     assert words.all_inner_texts() == [fizzbuzz(number) for number in range(1, words.count() + 1)]
+    for error in page.get_by_text("Error").all():
+        expect(error).not_to_be_visible()
 
 
 def fizzbuzz(number: int) -> str:
