@@ -23,7 +23,7 @@ RECIPES: dict[str, dict[str, Any]] = {  # network -> what differs from section `
     "mlp": {},
     "inception": {},
     "tiny": {"epochs": 20},
-    "record": {"epochs": 20},
+    "record": {"epochs": 30, "batch_size": 128, "precision": "bfloat16", "optimizer": {"lr": 0.1}},
 }
 
 

@@ -1,13 +1,18 @@
-"""All figures and plots of the trained models on one page that needs no network: `make report` writes report.html."""
+"""All figures and plots of the trained models on one page that needs no network: `make report` writes report.html.
 
+`python -m pipeline.report --live` shows the learning curves alone, and adds to them while models are trained.
+"""
+
+import contextlib
 import csv
 import io
 import json
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import click
 import dvc.api
 import jinja2
 import matplotlib as mpl
@@ -47,7 +52,7 @@ def column(rows: list[dict[str, str]], name: str) -> list[float]:
     return [float(row[name]) for row in rows]
 
 
-@contextmanager
+@contextlib.contextmanager
 def figure(found: list[str], title: str, *, size: tuple[float, float] = (3.6, 2.7)) -> Iterator[Axes]:
     """Axes to draw on; the picture is added to `found` as SVG."""
     with mpl.rc_context(STYLE):
@@ -171,11 +176,42 @@ def describe(model: str) -> dict[str, Any]:
     return {"card": card, "metrics": list(flat(metrics)), "gates": list(flat(gates)), "pictures": pictures}
 
 
-def main() -> None:
-    """Write the page, for all models that are trained."""
+def write(described: dict[str, dict[str, Any]], *, live: bool = False) -> None:
+    """Write the page."""
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
+    PAGE.write_text(environment.get_template("report.html.j2").render(models=described, live=live))
+
+
+def grown() -> dict[Path, float]:
+    """The files of learning curves, and when they were last added to."""
+    times = {}
+    for path in sorted(Path("models").glob(f"*/{CURVES}/*/*.tsv")):
+        with contextlib.suppress(FileNotFoundError):  # DVC removes them before it trains anew
+            times[path] = path.stat().st_mtime
+    return times
+
+
+def follow() -> None:
+    """Write a page of learning curves whenever one has grown, for ever."""
+    seen: dict[Path, float] = {}
+    while True:
+        if (now := grown()) != seen:
+            seen, drawn = now, {model: list[str]() for model in models.names()}
+            for model, pictures in drawn.items():
+                curves(model, pictures)
+            write({model: {"pictures": pictures} for model, pictures in drawn.items() if pictures}, live=True)
+        time.sleep(1)
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--live", is_flag=True, help="Show learning curves alone, as they grow, until Ctrl-C.")
+def main(*, live: bool) -> None:
+    """Write report.html: the figures and plots of all trained models."""
+    if live:
+        print(f"{PAGE}: learning curves; the page follows them until Ctrl-C", flush=True)
+        follow()
     trained = [model for model in models.names() if (folder(model) / "metrics.json").is_file()]
-    PAGE.write_text(environment.get_template("report.html.j2").render(models={model: describe(model) for model in trained}))
+    write({model: describe(model) for model in trained})
     print(f"{PAGE}: {', '.join(trained)}")
 
 

@@ -29,9 +29,14 @@ class Params(Section, frozen=True, kw_only=True):
     optimizer: dict[str, Any] = msgspec.field(default_factory=dict)  # `name`: a class of torch.optim; the rest are its arguments
     warmup: Share = 0.0  # of all steps in which the learning rate rises; then it falls to 0 along a cosine
     label_smoothing: Share = 0.0
+    precision: str = "float32"  # of the network's arithmetic: float32 | bfloat16, which is quicker where the processor has it
     validation_rows: NotNegative = 0  # so many random training rows are held out, to choose settings by
     threads: NotNegative = 0  # of torch on the CPU; 0: one a core. Small networks are quicker with 1
     network: str | dict[str, Any] = msgspec.field(default_factory=dict)  # keywords of the model's Network, or only its `name`
+
+    def __post_init__(self) -> None:
+        if self.precision not in ("float32", "bfloat16"):
+            raise ValueError(f"precision: {self.precision!r} is not known; use float32 or bfloat16")
 
 
 def choose_device(wish: str) -> torch.device:
@@ -134,7 +139,8 @@ def fit(model: str, inputs: np.ndarray, targets: np.ndarray, params: Params, liv
         network.train()
         loss_sum, right = torch.zeros(2, device=device)
         for batch in torch.randperm(len(x), device=device).split(params.batch_size):
-            outputs = network.outputs(network.augment(x[batch]))  # (batch, ...)
+            with torch.autocast(device.type, torch.bfloat16, enabled=params.precision == "bfloat16"):
+                outputs = network.outputs(network.augment(x[batch])).float()  # (batch, ...)
             loss = loss_of(outputs, y[batch], params.label_smoothing)
             optimizer.zero_grad()
             loss.backward()

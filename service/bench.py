@@ -13,7 +13,7 @@ import struct
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ import psutil
 
 from proto import inference_pb2_grpc
 from proto.inference_pb2 import ModelInferRequest, ModelInferResponse
-from service.card import Card
+from service.card import Card, Rows
 from service.config import Config
 from service.engine import load_engine
 
@@ -49,6 +49,7 @@ class Result(NamedTuple):
     p50_ms: float
     p99_ms: float
     cpu_us: float  # of the server's process tree, a request
+    latencies_ms: Rows  # (requests,), of all rounds
 
 
 def build_request(card: Card, rows: int) -> ModelInferRequest:
@@ -70,10 +71,10 @@ def drive(address: str, pid: int, load: Load) -> Result:
     check(address, load)
     run = with_h2load if shutil.which("h2load") else with_asyncio
     before, begun = cpu_seconds(pid), time.perf_counter()
-    latencies = run(address, load)
+    latencies = np.array(run(address, load)) * 1e3
     elapsed, used = time.perf_counter() - begun, cpu_seconds(pid) - before
     p50, p99 = np.percentile(latencies, [50, 99])
-    return Result(load.requests / elapsed, p50 * 1e3, p99 * 1e3, used / load.requests * 1e6)
+    return Result(load.requests / elapsed, p50, p99, used / load.requests * 1e6, latencies)
 
 
 def check(address: str, load: Load) -> None:
@@ -133,10 +134,12 @@ def started(*command: str) -> Iterator[tuple[str, int]]:
             process.terminate()
 
 
-def compare(servers: Mapping[str, Sequence[str]], load: Load, rounds: int) -> dict[str, Result]:
+def compare(
+    servers: Mapping[str, Sequence[str]], load: Load, rounds: int, advance: Callable[[], object] = lambda: None
+) -> dict[str, Result]:
     """The median of each figure over rounds that alternate between servers, each given as the command that starts it.
 
-    The first round warms up and does not count.
+    The first round warms up and does not count. `advance` is called after each of the (1 + rounds) * servers.
     """
     results: dict[str, list[Result]] = {name: [] for name in servers}
     with ExitStack() as stack:
@@ -144,12 +147,21 @@ def compare(servers: Mapping[str, Sequence[str]], load: Load, rounds: int) -> di
         for _ in range(1 + rounds):
             for name, (address, pid) in running.items():
                 results[name].append(drive(address, pid, load))
+                advance()
     return {name: median(found[1:]) for name, found in results.items()}
 
 
 def median(results: Sequence[Result]) -> Result:
-    """The median of each figure."""
-    return Result(*(statistics.median(values) for values in zip(*results, strict=True)))
+    """The median of each figure, and all latencies."""
+    *figures, latencies = zip(*results, strict=True)
+    rate, p50, p99, cpu = map(statistics.median, figures)
+    return Result(rate, p50, p99, cpu, np.concatenate(latencies))
+
+
+def quantiles(latencies: Rows) -> str:
+    """Latencies in four figures."""
+    p50, p90, p99, most = np.percentile(latencies, [50, 90, 99, 100])
+    return f"p50 {p50:.3g}, p90 {p90:.3g}, p99 {p99:.3g}, max {most:.3g}"
 
 
 def session_run(folder: Path, card: Card, rows: int, seconds: float = 1.0) -> Result:
@@ -160,8 +172,10 @@ def session_run(folder: Path, card: Card, rows: int, seconds: float = 1.0) -> Re
     while (begun := time.perf_counter()) < end:
         engine.run(batch)
         times.append(time.perf_counter() - begun)
-    p50, p99 = np.percentile(times, [50, 99])
-    return Result(1 / statistics.median(times), p50 * 1e3, p99 * 1e3, (time.process_time() - used) / len(times) * 1e6)
+    used = time.process_time() - used
+    latencies = np.array(times) * 1e3
+    p50, p99 = np.percentile(latencies, [50, 99])
+    return Result(1e3 / p50, p50, p99, used / len(times) * 1e6, latencies)
 
 
 def table(results: Mapping[str, Result], rows: int) -> str:

@@ -1,61 +1,61 @@
 """The command `trefoil`."""
 
-import dataclasses
 import json
 import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
 from importlib.metadata import version
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import click
 import grpc
+import msgspec
 from click.core import ParameterSource
+from click.shell_completion import get_completion_class
 
-from service import logs
-from service.client import MEASUREMENTS, Client
+from service import logs, terminal
+from service import predict as predict_
+from service.client import Client
+from service.command import COUNT, DEFAULT_SERVER, FILE, FOLDER, Refusal, Trefoil, calls, complete_models, complete_values, settings
 from service.config import Config
 from service.errors import StartupError
 
-COUNT = click.IntRange(min=1)
-FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
-INT64 = range(-(2**63), 2**63)
+INT64 = click.IntRange(predict_.INT64[0], predict_.INT64[-1])
+TRY = {
+    "mnist": "predict mnist examples/seven.png --draw",
+    "diabetes": "predict diabetes glucose=148 bmi=33.6 age=50",
+    "fizzbuzz": "fizzbuzz 1 30",
+}
 
 
-class Refusal(click.ClickException):
-    """One sentence on stderr, exit code 1."""
-
-    def show(self, file: Any = None) -> None:
-        """Print the sentence."""
-        click.echo(f"trefoil: {self.format_message()}", file=file, err=True)
-
-
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Trefoil, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(version("trefoil"), prog_name="trefoil")
 def main() -> None:
-    """Three small models behind one gRPC service."""
+    """Small models behind one gRPC service.
 
+    \b
+    Examples:
+      trefoil serve
+      trefoil predict mnist 'digits/*.png' --draw
+      trefoil predict diabetes --input patients.csv --output csv
+      trefoil fizzbuzz 1 100
 
-def settings(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command one option for each field of Config."""
-    for field in reversed(dataclasses.fields(Config)):
-        kind = next((part for part in get_args(field.type) if part is not type(None)), field.type)
-        flag, variable = f"--{field.name.replace('_', '-')}", f"TREFOIL_{field.name.upper()}"
-        add = click.option(
-            flag,
-            type=kind,
-            is_flag=kind is bool,
-            default=field.default,
-            envvar=variable,
-            show_default=True,
-            show_envvar=True,
-            help=field.metadata["help"],
-        )
-        command = add(command)
-    return command
+    \b
+    Exit codes:
+      0    done
+      1    what was asked cannot be; the sentence on stderr says why
+      2    the command line is wrong
+      3    the service cannot be reached or is busy: try again later
+      4    the service does not accept the caller: --token, --tls-*
+      130  Ctrl-C
+      141  whoever read the output has gone, as in `trefoil ... | head`
+
+    Settings of a client may come from TREFOIL_SERVER, TREFOIL_TOKEN and so on; each command's --help names them.
+    """  # noqa: D301  \b is click's mark for text that keeps its lines
 
 
 @main.command()
@@ -64,9 +64,11 @@ def serve(**options: Any) -> None:
     """Serve the trained models until SIGTERM or Ctrl-C.
 
     \b
-    trefoil serve
-    trefoil serve --engine torch --port 0
-    """  # noqa: D301  \b is click's mark for text that keeps its lines
+    Examples:
+      trefoil serve
+      trefoil serve --engine torch --device cuda
+      trefoil serve --workers 2 --port 0 --metrics-port 0
+    """  # noqa: D301
     logs.configure(options["log_format"])
     try:
         import uvloop  # noqa: PLC0415  the other commands do without the server's packages
@@ -83,186 +85,145 @@ def serve(**options: Any) -> None:
         raise Refusal(str(error)) from None
 
 
-def announce(config: Config, names: Iterable[str]) -> None:
-    """Say what is served where, once calls are accepted."""
-    click.echo(f"trefoil {version('trefoil')} serves {', '.join(names)} at {config.address}")
+def announce(config: Config, engines: Mapping[str, str]) -> None:
+    """Say what is served where, with what, once calls are accepted, and what to try next."""
+    click.echo(f"trefoil {version('trefoil')} serves {', '.join(engines)} at {config.address}")
     if config.metrics_port is not None:
         click.echo(f"metrics at http://{config.host}:{config.metrics_port}/metrics")
-    needed = " --tls-ca CA.pem" * bool(config.tls_key) + " --token TOKEN" * bool(config.token_file)
-    click.echo(f"try: trefoil fizzbuzz 1 30 --server {config.address}{needed}")
-    sys.stdout.flush()
+    click.echo(terminal.table([(f"  {name}", engine) for name, engine in engines.items()]))
+    if config.workers > 1:
+        click.echo(f"each in {config.workers} processes")
+    needed = {
+        "SERVER": config.address if config.address != DEFAULT_SERVER else None,
+        "TLS_CA": "CA.pem" if config.tls_key else None,
+        "CLIENT_CERTIFICATE": "YOURS.pem" if config.tls_client_ca else None,
+        "CLIENT_KEY": "YOURS.key" if config.tls_client_ca else None,
+        "TOKEN": "TOKEN" if config.token_file else None,
+    }
+    click.echo("try:")
+    for name, value in needed.items():
+        if value:
+            click.echo(f"  export TREFOIL_{name}={value}")
+    for example in [TRY[name] for name in TRY if name in engines] or [f"models {next(iter(engines))}"]:
+        click.echo(f"  trefoil {example}")
 
 
-def calls(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options of a client, hand it a Client, and turn a failed call into a sentence."""
-
-    @click.option(
-        "--server", default="127.0.0.1:8001", envvar="TREFOIL_SERVER", show_default=True, show_envvar=True, help="host:port"
-    )
-    @click.option("--token", envvar="TREFOIL_TOKEN", show_envvar=True, help="Bearer token, when the service wants one.")
-    @click.option("--tls-ca", type=FILE, envvar="TREFOIL_TLS_CA", show_envvar=True, help="PEM: whom to trust; calls with TLS.")
-    @click.option("--tls-certificate", type=FILE, envvar="TREFOIL_CLIENT_CERTIFICATE", show_envvar=True, help="PEM, for mTLS.")
-    @click.option("--tls-key", type=FILE, envvar="TREFOIL_CLIENT_KEY", show_envvar=True, help="PEM, for mTLS.")
-    def calling(
-        server: str, token: str | None, tls_ca: Path | None, tls_certificate: Path | None, tls_key: Path | None, **options: Any
-    ) -> None:
-        try:
-            opened = Client(server, token=token, tls_ca=tls_ca, tls_certificate=tls_certificate, tls_key=tls_key)
-        except ValueError as error:
-            raise Refusal(f"{error}: --tls-ca, --tls-certificate, --tls-key") from None
-        try:
-            with opened as client:
-                command(client=client, **options)
-        except grpc.RpcError as error:
-            hint = "; start one with `trefoil serve`" if "failed to connect" in (error.details() or "") else ""
-            raise Refusal(f"the service at {server} says {error.code().name}: {error.details()}{hint}") from None
-
-    calling.__doc__ = command.__doc__
-    calling.__name__ = command.__name__
-    calling.__click_params__ = [*getattr(command, "__click_params__", []), *calling.__click_params__]  # type: ignore[attr-defined]
-    return calling
-
-
-@main.command(context_settings={"ignore_unknown_options": True})
+@main.command(context_settings={"ignore_unknown_options": True})  # a value may be negative
 @calls
-@click.argument("model")
-@click.argument("values", nargs=-1, required=True)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, one line an answer.")
-def predict(client: Client, model: str, values: tuple[str, ...], *, as_json: bool) -> None:
+@click.argument("model", shell_complete=complete_models)
+@click.argument("values", nargs=-1, shell_complete=complete_values)
+@click.option("--input", "source", type=click.File("rb"), help="Ask what this file says, `-` for stdin.")
+@click.option(
+    "--format", "kind", type=click.Choice(list(predict_.READERS)), help="Of --input; else told by its suffix, lines for any other."
+)
+@click.option(
+    "--output", type=click.Choice(["text", "json", "csv"]), default="text", show_default=True, help="json: one line each."
+)
+@click.option("--json", "output", flag_value="json", help="The same as --output json.")
+@click.option("--draw", is_flag=True, help="Draw each digit in the terminal, with all probabilities.")
+def predict(
+    client: Client, model: str, values: tuple[str, ...], source: BufferedReader | None, kind: str | None, output: str, *, draw: bool
+) -> None:
     """Ask the service for predictions.
 
+    VALUES are files or quoted patterns for mnist (`-`: a picture on stdin), NAME=VALUE or all eight measurements for diabetes (`-`:
+    not measured), numbers for fizzbuzz, a batch of rows in JSON for any other model. --input asks for each line of a file: words as
+    above, a row of CSV with names as its header, or a JSON value; it may be of any length.
+
     \b
-    trefoil predict mnist seven.png four.jpg
-    trefoil predict diabetes glucose=148 bmi=33.6 age=50
-    trefoil predict diabetes 6 148 72 35 - 33.6 0.627 50
-    trefoil predict fizzbuzz 15 16
-    trefoil predict OTHER '[[0.5, 1.0]]'
+    Examples:
+      trefoil predict mnist seven.png 'digits/**/*.png' --draw
+      trefoil predict mnist - < seven.png
+      trefoil predict diabetes glucose=148 bmi=33.6 age=50
+      trefoil predict diabetes 6 148 72 35 - 33.6 0.627 50 --json
+      trefoil predict diabetes --input patients.csv --output csv
+      seq 1 100 | trefoil predict fizzbuzz --input -
+      trefoil predict fizzbuzz_any '[7, -15]'
     """  # noqa: D301
-    for answer, text in ASK.get(model, ask_any)(client, model, values):
-        click.echo(json.dumps(answer) if as_json else text)
-
-
-Answers = list[tuple[dict[str, Any], str]]  # for a program, for a person
-
-
-def ask_mnist(client: Client, _model: str, values: tuple[str, ...]) -> Answers:
-    """Files of digits."""
+    if bool(values) == bool(source):
+        raise click.UsageError("Give either values or --input FILE.")
+    for value in values:
+        if value.startswith("--"):
+            raise click.NoSuchOption(value, possibilities=[name for each in predict.params for name in each.opts])
+    face = predict_.FACES.get(model, predict_.Face)(model)
+    if draw and (output != "text" or not isinstance(face, predict_.Digits)):
+        raise click.UsageError("--draw draws the pictures of mnist, as text.")
+    items = predict_.lines(face, source, kind) if source else predict_.arguments(face, values)
+    write = predict_.as_drawing if draw else predict_.WRITERS[output]
     try:
-        images = [Path(value).read_bytes() for value in values]
-    except OSError as error:
-        raise Refusal(f"{error.filename} cannot be read: {error.strerror}; name PNG or JPEG files") from None
-    return [
-        ({"file": value, **digit._asdict()}, f"{value}: {digit.digit} ({max(digit.probabilities):.1%})")
-        for value, digit in zip(values, client.classify(images), strict=True)
-    ]
-
-
-def ask_diabetes(client: Client, _model: str, values: tuple[str, ...]) -> Answers:
-    """One patient: name=value pairs, or all values in order, `-` for not measured."""
-    if any("=" in value for value in values):
-        pairs = [(measurement(name), value) for name, _, value in (value.partition("=") for value in values)]
-    elif len(values) == len(MEASUREMENTS):
-        pairs = list(zip(MEASUREMENTS, values, strict=True))
-    else:
-        raise Refusal(f"{len(values)} values; give {len(MEASUREMENTS)} in the order {' '.join(MEASUREMENTS)}, or NAME=VALUE")
-    patient = {name: number(value, float) for name, value in pairs if value not in ("-", "")}
-    [assessment] = client.assess([patient])
-    return [
-        (assessment._asdict(), f"{assessment.label}: {assessment.probability:.1%} probability of a positive test; no diagnosis")
-    ]
-
-
-def measurement(name: str) -> str:
-    """The measurement that a name, perhaps shortened, stands for."""
-    matches = [known for known in MEASUREMENTS if known.startswith(name)]
-    if len(matches) != 1:
-        raise Refusal(f"{name!r} names no measurement; there are {', '.join(MEASUREMENTS)}, which may be shortened")
-    return matches[0]
-
-
-def ask_fizzbuzz(client: Client, _model: str, values: tuple[str, ...]) -> Answers:
-    """Numbers."""
-    numbers = [number(value, int64) for value in values]
-    answers = client.answer(numbers)
-    return [({"number": n, "word": word}, word) for n, word in zip(numbers, answers, strict=True)]
-
-
-def ask_any(client: Client, model: str, values: tuple[str, ...]) -> Answers:
-    """A batch of rows as JSON, over the Open Inference Protocol."""
-    try:
-        rows = client.infer(model, json.loads(" ".join(values)))
-    except ValueError as error:
-        raise Refusal(f"the values are no batch of rows for {model!r}: {error}; write JSON such as '[[0.5, 1.0]]'") from None
-    return [({"output": row.tolist()}, " ".join(f"{value:.4g}" for value in row.ravel())) for row in rows]
-
-
-ASK = {"mnist": ask_mnist, "diabetes": ask_diabetes, "fizzbuzz": ask_fizzbuzz}
-
-
-def number(text: str, kind: Callable[[str], Any]) -> Any:
-    """Read a float or an int64."""
-    try:
-        return kind(text)
-    except ValueError:
-        raise Refusal(f"{text!r} is no {'number' if kind is float else 'whole number of 64 bits'}") from None
-
-
-def int64(text: str) -> int:
-    """Read a whole number of 64 bits. Raises ValueError when it is none."""
-    if (value := int(text)) not in INT64:
-        raise ValueError
-    return value
+        for line in write(face, predict_.answers(client, face, items)):
+            click.echo(line)
+    except predict_.WrongInputError as error:
+        raise Refusal(str(error)) from None
+    except ImportError as error:
+        raise Refusal(f"drawing needs more packages: pip install 'trefoil[serve]' ({error})") from None
 
 
 @main.command(context_settings={"ignore_unknown_options": True})  # a step may be negative
 @calls
-@click.argument("start", type=click.IntRange(INT64[0], INT64[-1]))
-@click.argument("stop", type=click.IntRange(INT64[0], INT64[-1]))
-@click.argument("step", type=click.IntRange(INT64[0], INT64[-1]), default=1)
+@click.argument("start", type=INT64)
+@click.argument("stop", type=INT64)
+@click.argument("step", type=INT64, default=1)
 def fizzbuzz(client: Client, start: int, stop: int, step: int) -> None:
-    """Count from START to STOP, as the service says it.
+    """Count from START to STOP, both included.
 
     \b
-    trefoil fizzbuzz 1 30
-    trefoil fizzbuzz 15 1 -2
+    Examples:
+      trefoil fizzbuzz 1 30
+      trefoil fizzbuzz 15 1 -2
     """  # noqa: D301
     for _, word in client.count(start, stop, step):
         click.echo(word)
 
 
 @main.command()
-@click.option("--models", "folder", type=Path, default=Path("models"), envvar="TREFOIL_MODELS", show_default=True)
-def models(folder: Path) -> None:
-    """List the trained models of a folder: figures, data, commit."""
+@click.argument("name", required=False, shell_complete=complete_models)
+@FOLDER
+@click.option("--json", "as_json", is_flag=True, help="Print cards as JSON, one line each, without their test rows.")
+def models(name: str | None, folder: Path, *, as_json: bool) -> None:
+    """List the models, or tell all about one.
+
+    Of one: what it is for, a warning, units and ranges, figures, and where it comes from.
+
+    \b
+    Examples:
+      trefoil models
+      trefoil models diabetes
+      trefoil models --json | jq .metrics
+    """  # noqa: D301
     from service.card import read_card  # noqa: PLC0415
     from service.repository import find, is_trained  # noqa: PLC0415
 
     try:
-        for name in find(folder):
-            if not is_trained(folder / name):
-                click.echo(f"{name:12} not trained: run `dvc repro`")
-                continue
-            card = read_card(folder / name)
-            click.echo(f"{name:12} {'  '.join(f'{key} {value:.4g}' for key, value in card.metrics.items())}")
-            origin = f"data {card.data['source']} {card.data['sha256'][:8]}  params {card.params_sha256[:8]}"
-            click.echo(f"{'':12} {origin}  commit {card.git_commit[:8]}{card.git_commit[40:]}")
-            units = ", ".join(f"{feature.name} ({feature.unit})".removesuffix(" ()") for feature in card.input.features)
-            click.echo(f"{'':12} {units} -> {', '.join(card.labels)}")
-            for sentence in filter(None, (card.intended_use, card.warning)):
-                click.echo(f"{'':12} {sentence}")
+        names = [name] if name else find(folder)
+        cards = {each: read_card(folder / each) if name or is_trained(folder / each) else None for each in names}
     except StartupError as error:
         raise Refusal(str(error)) from None
+    if as_json:
+        for each, card in cards.items():
+            fields = msgspec.to_builtins(card) if card else {"name": each}
+            click.echo(json.dumps({key: value for key, value in fields.items() if key != "examples"}, ensure_ascii=False))
+    elif name and (card := cards[name]):
+        click.echo(terminal.details(card))
+    else:
+        click.echo(terminal.overview(cards))
 
 
 @main.command("export-triton")
 @click.argument("target", metavar="DIR", type=Path)
 @click.option("--backend", type=click.Choice(["onnxruntime", "python"]), default="onnxruntime", show_default=True)
-@click.option("--models", "folder", type=Path, default=Path("models"), envvar="TREFOIL_MODELS", show_default=True)
+@FOLDER
 def export_triton(target: Path, backend: str, folder: Path) -> None:
-    """Write the trained models as a model repository of NVIDIA Triton into the new folder DIR.
+    """Write a model repository of NVIDIA Triton.
 
+    The trained models go into the new folder DIR.
     With --backend python Triton runs them with the onnxruntime of a Python of its version, where its own backend is not there.
-    """
+
+    \b
+    Examples:
+      trefoil export-triton triton
+      trefoil export-triton triton --backend python
+    """  # noqa: D301
     from service.triton import export  # noqa: PLC0415
 
     try:
@@ -276,10 +237,11 @@ def export_triton(target: Path, backend: str, folder: Path) -> None:
 @click.argument("folders", nargs=-1, required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--key", type=FILE, required=True, help="PEM file with the private ed25519 key.")
 def sign(folders: tuple[Path, ...], key: Path) -> None:
-    """Sign trained models, for `trefoil serve --require-signed`.
+    """Sign models for `serve --require-signed`.
 
     \b
-    trefoil sign models/mnist models/fizzbuzz --key private.pem
+    Examples:
+      trefoil sign models/mnist models/fizzbuzz --key private.pem
     """  # noqa: D301
     try:
         from service.signature import sign as sign_  # noqa: PLC0415
@@ -293,19 +255,23 @@ def sign(folders: tuple[Path, ...], key: Path) -> None:
 
 
 @main.command()
-@click.argument("model", default="fizzbuzz")
+@click.argument("model", default="fizzbuzz", shell_complete=complete_models)
 @click.option("--rows", type=COUNT, default=1, show_default=True, help="Rows of a request.")
 @click.option("--in-flight", type=COUNT, default=32, show_default=True, help="Requests in flight, over at most 4 connections.")
 @click.option("--requests", type=COUNT, default=6000, show_default=True, help="Requests a round.")
 @click.option("--rounds", type=COUNT, default=5, show_default=True, help="Rounds that count; the figures are their medians.")
-@click.option("--models", "folder", type=Path, default=Path("models"), envvar="TREFOIL_MODELS", show_default=True)
+@FOLDER
 @click.option("--workers", type=COUNT, default=1, show_default=True, help="Processes of the service.")
 def bench(model: str, rows: int, in_flight: int, requests: int, rounds: int, folder: Path, workers: int) -> None:
-    """Measure the service beside a bare gRPC server and the bare engine.
+    """Measure the service beside its floors.
+
+    These are a bare gRPC server and the bare engine. Prints a table, and how latencies are spread.
 
     \b
-    trefoil bench fizzbuzz --rows 64
-    trefoil bench mnist --in-flight 1
+    Examples:
+      trefoil bench
+      trefoil bench fizzbuzz --rows 64
+      trefoil bench mnist --in-flight 1
     """  # noqa: D301
     try:
         from service import bench as bench_  # noqa: PLC0415
@@ -322,26 +288,50 @@ def bench(model: str, rows: int, in_flight: int, requests: int, rounds: int, fol
     serve_command = [sys.argv[0], "serve", "--port", "0", "--models", str(folder), "--workers", str(workers)]
     servers = {"trefoil": serve_command, "echo": [sys.executable, "-P", "-m", "service.bench"]}
     try:
-        results = bench_.compare(servers, load, rounds)
+        with click.progressbar(
+            length=(1 + rounds) * len(servers), label=model, file=sys.stderr, hidden=not sys.stderr.isatty()
+        ) as bar:
+            results = bench_.compare(servers, load, rounds, lambda: bar.update(1))
     except (RuntimeError, grpc.RpcError) as error:
         raise Refusal(error.details() if isinstance(error, grpc.Call) else str(error)) from None
     results["session.run"] = bench_.session_run(folder / model, card, rows)
     click.echo(bench_.table(results, rows))
+    for name, found in results.items():
+        click.echo(f"\n{name}, ms: {bench_.quantiles(found.latencies_ms)}\n{terminal.histogram(found.latencies_ms)}")
+
+
+@main.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the script that completes in a shell.
+
+    It completes commands, options, names of models and files.
+
+    \b
+    Examples:
+      eval "$(trefoil completion bash)"       # in ~/.bashrc
+      eval "$(trefoil completion zsh)"        # in ~/.zshrc
+      trefoil completion fish | source        # in ~/.config/fish/config.fish
+    """  # noqa: D301
+    kind = get_completion_class(shell)
+    assert kind  # noqa: S101  for the type checker: click has all three
+    click.echo(kind(main, {}, "trefoil", "_TREFOIL_COMPLETE").source(), nl=False)
 
 
 @main.command()
 @calls
 @click.option("--host", default="127.0.0.1", show_default=True, help="Of the page.")
 @click.option("--port", type=click.IntRange(0, 65535), default=7860, show_default=True, help="Of the page; 0 takes a free one.")
-@click.option("--models", "folder", type=Path, default=Path("models"), envvar="TREFOIL_MODELS", show_default=True)
+@FOLDER
 def demo(client: Client, host: str, port: int, folder: Path) -> None:  # noqa: ARG001  the page opens a client for each question
     """Play with the models on a web page, until SIGTERM or Ctrl-C.
 
     Without --server, the page has a service of its own, which serves --models.
 
     \b
-    trefoil demo
-    trefoil demo --server localhost:8001
+    Examples:
+      trefoil demo
+      trefoil demo --server localhost:8001
     """  # noqa: D301
     try:
         from service import demo as demo_  # noqa: PLC0415

@@ -18,12 +18,9 @@ import grpc
 import uvicorn
 from fastapi import FastAPI
 
-from proto.fizzbuzz_pb2 import AnswerRequest, CountRequest, CountResponse
-from proto.fizzbuzz_pb2_grpc import FizzBuzzStub
-from proto.inference_pb2 import ModelConfigRequest
-from proto.inference_pb2_grpc import GRPCInferenceServiceStub
-from service.client import Client, Digit
+from service.client import Client
 from service.errors import StartupError
+from service.messages import Digit, Word
 
 LOOK_EVERY = 2.0  # seconds between two looks whether the service is there
 LONGEST = 3600.0  # seconds that a count may take
@@ -184,11 +181,10 @@ class Page:
         """What the service tells of the model: what it does, a warning, and of each field unit and range."""
         try:
             with self._connect() as client:
-                request = ModelConfigRequest(name="diabetes")
-                response = GRPCInferenceServiceStub(client._channel).ModelConfig(request, **client._call)  # noqa: SLF001  Client has no method
+                parameters = client._config("diabetes").parameters  # noqa: SLF001  as the client learns it
         except grpc.RpcError:
             return [gr.skip()] * (2 + len(FIELDS))
-        told = {name: parameter.string_value for name, parameter in response.config.parameters.items()}
+        told = {name: parameter.string_value for name, parameter in parameters.items()}
         features = {feature["name"]: feature for feature in json.loads(told["features"])}
         return [
             f"<p>{escape(told['description'])} Leave empty what was not measured.</p>",
@@ -217,19 +213,17 @@ class Page:
         """What to say for a number, and which model says so; what `look` says."""
 
         def question(client: Client) -> str:
-            request = AnswerRequest(numbers=[whole(text)])
-            response = FizzBuzzStub(client._channel).Answer(request, **client._call)  # noqa: SLF001  Client tells no model
-            return said(response.words[0], f"said by {response.models[0]}")
+            [word] = client.answer([whole(text)])
+            return said(word, f"said by {word.model}")
 
         return self._ask(question)
 
     def count(self, start: str, stop: str, step: str) -> Iterator[tuple[str, Any]]:
         """The words of a count so far, and which model speaks; what `look` says."""
-        words: deque[CountResponse] = deque(maxlen=SHOWN)
+        words: deque[Word] = deque(maxlen=SHOWN)
         try:
-            request = CountRequest(start=whole(start), stop=whole(stop), step=whole(step))
             with self._connect(timeout=LONGEST) as client:
-                for word in FizzBuzzStub(client._channel).Count(request, **client._call):  # noqa: SLF001  Client tells no model
+                for _, word in client.count(whole(start), whole(stop), whole(step)):
                     words.append(word)
                     yield counted(words), ""
                     time.sleep(PACE)
@@ -247,7 +241,7 @@ class Page:
 
     def _explain(self, error: Exception) -> tuple[str, Any]:
         """Why there is no answer; what `look` says."""
-        if not isinstance(error, grpc.Call):
+        if not isinstance(error, grpc.RpcError):
             return note(str(error)), gr.skip()
         away = self.look()
         return "" if away else note(str(error.details())), away
@@ -291,9 +285,9 @@ def said(answer: str, remark: str = "") -> str:
     return f'<p class="said" role="status">{escape(answer)} <small>{escape(remark)}</small></p>'
 
 
-def counted(words: deque[CountResponse]) -> str:
+def counted(words: deque[Word]) -> str:
     """The words of a count."""
-    spans = (f'<span class="{"number" if each.word == str(each.number) else each.word}">{each.word}</span>' for each in words)
+    spans = (f'<span class="{word}">{word}</span>' for word in words)  # the class of a number has no style
     speaker = f"<p>Said by {words[-1].model}:</p>" if words else ""
     return f'{speaker}<div class="words" tabindex="0"><p>{" ".join(spans)}</p></div>'
 

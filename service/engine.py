@@ -26,6 +26,7 @@ class Engine(Protocol):
     """Runs one model."""
 
     platform: str  # as the Open Inference Protocol names it
+    name: str  # and version, as in onnxruntime 1.31.1
     device: str  # cpu or cuda
 
     def run(self, rows: Rows) -> Rows:
@@ -66,7 +67,8 @@ class OnnxEngine:
             reason = "its CUDA provider did not load; pip install 'trefoil[cuda]' brings what it needs"
         if config.device == "cuda" and self.device == "cpu":
             raise StartupError(f"device cuda is demanded, but onnxruntime cannot use it: {reason}")
-        log.info("%s: onnxruntime %s on %s (%s)", card.name, ort.__version__, self.device, reason)
+        self.name = f"onnxruntime {ort.__version__}"
+        log.info("%s: %s on %s (%s)", card.name, self.name, self.device, reason)
         self._names = [card.output.name], card.input.name
 
     def run(self, rows: Rows) -> Rows:
@@ -133,7 +135,8 @@ class TorchEngine:
             raise StartupError(f"{folder / 'model.pt'} does not fit models/{card.name}/network.py: {error}") from error
         self._network = network.eval().to(self.device)
         reason = "as demanded" if config.device != "auto" else "torch sees a GPU" if self.device == "cuda" else "torch sees no GPU"
-        log.info("%s: torch %s on %s (%s)", card.name, torch.__version__, self.device, reason)
+        self.name = f"torch {torch.__version__}"
+        log.info("%s: %s on %s (%s)", card.name, self.name, self.device, reason)
 
     def run(self, rows: Rows) -> Rows:
         """(batch, *input shape) -> (batch, *output shape)."""

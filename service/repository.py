@@ -118,6 +118,15 @@ class Repository:
         """Names of the models that are loaded."""
         return sorted(self._models)
 
+    @property
+    def ready(self) -> bool:
+        """Whether every model is loaded, save those that were unloaded by request."""
+        return all(name in self._models or folder.unloaded for name, folder in self._folders.items())
+
+    def engines(self) -> dict[str, str]:
+        """What runs each model that is loaded, as in `onnxruntime 1.31.1 on cpu`."""
+        return {name: f"{self._models[name].engine.name} on {self._models[name].engine.device}" for name in self.names()}
+
     def reason(self, name: str) -> str:
         """Why a model is not served, or why its newest files are not; empty when all is well."""
         return self._folders[name].reason

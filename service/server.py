@@ -4,7 +4,7 @@ import asyncio
 import logging
 import os
 import signal
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -238,11 +238,11 @@ def bind(server: Any, config: Config) -> int:
         raise StartupError(f"cannot listen on {config.address}: {error}") from error
 
 
-async def serve(config: Config, ready: Callable[[Config, Iterable[str]], None]) -> None:
-    """Serve until SIGTERM or SIGINT. Once calls are accepted, `ready` gets the settings with the port, and the models' names."""
+async def serve(config: Config, ready: Callable[[Config, Mapping[str, str]], None]) -> None:
+    """Serve until SIGTERM or SIGINT. Once calls are accepted, `ready` gets the settings with the port, and Repository.engines."""
     server = Server(config)
     if isinstance(server.metrics, Prometheus):
         server.config = replace(server.config, metrics_port=tell(server.metrics.registry, config))
     await server.start()
-    ready(server.config, server.repository.names())
+    ready(server.config, server.repository.engines())
     await server.run()

@@ -2,7 +2,7 @@
 
     parent  --stdin: "3 of 4" whenever that changes; its end means stop-->       worker
             --stdin: "load NAME", "unload NAME": another worker was asked to-->
-    parent  <--stdout: the names of its models, once it accepts calls--          worker
+    parent  <--stdout: Repository.engines as JSON, once it accepts calls--       worker
             <--stdout: "! " and why it cannot start--
             <--stdout: "load NAME", "unload NAME": a client asked, and it is done--
 
@@ -19,7 +19,7 @@ import signal
 import sys
 import time
 from asyncio.subprocess import PIPE, Process
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from tempfile import TemporaryDirectory
@@ -52,7 +52,7 @@ class Workers:
         self._stopping = asyncio.Event()
         self._unloaded: set[bytes] = set()  # models; what a worker that starts has to be told
 
-    async def run(self, ready: Callable[[Config, Iterable[str]], None]) -> None:
+    async def run(self, ready: Callable[[Config, Mapping[str, str]], None]) -> None:
         """Keep all workers running until SIGTERM or SIGINT, then drain them. `ready` is called once all accept calls.
 
         Raises StartupError when a worker does not start in the first place.
@@ -76,8 +76,8 @@ class Workers:
             if self._counted:
                 self._counted.cleanup()
 
-    async def _start(self, index: int) -> list[str]:
-        """Start a worker; return the names of its models once it accepts calls. Raises StartupError when it does not."""
+    async def _start(self, index: int) -> dict[str, str]:
+        """Start a worker; return its Repository.engines once it accepts calls. Raises StartupError when it does not."""
         command = [sys.executable, "-P", "-m", "service.workers", msgspec.json.encode(self.config, enc_hook=str).decode()]
         environment = {**os.environ, **({"PROMETHEUS_MULTIPROC_DIR": self._counted.name} if self._counted else {})}
         process = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE, start_new_session=True, env=environment)
@@ -91,7 +91,7 @@ class Workers:
         self._tell()
         for name in self._unloaded:
             _write(process, b"unload " + name)
-        return line.split()
+        return msgspec.json.decode(line, type=dict[str, str])
 
     async def _relay(self, process: Process) -> None:
         """Let the other workers do what a client asked one of them to do."""
@@ -151,7 +151,7 @@ def _write(process: Process, line: bytes) -> None:
         process.stdin.write(line)
 
 
-async def serve(config: Config, ready: Callable[[Config, Iterable[str]], None]) -> None:
+async def serve(config: Config, ready: Callable[[Config, Mapping[str, str]], None]) -> None:
     """Serve with several workers until SIGTERM or SIGINT; see Workers.run."""
     await Workers(config).run(ready)
 
@@ -164,7 +164,7 @@ async def work(config: Config) -> None:
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(told), sys.stdin)
     server = Server(config, relay=partial(print, flush=True))
     await server.start()
-    print(*server.repository.names(), flush=True)
+    print(msgspec.json.encode(server.repository.engines()).decode(), flush=True)
 
     async def listen() -> None:
         while line := await told.readline():

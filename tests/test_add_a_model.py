@@ -50,7 +50,9 @@ def test_the_lesson_learns() -> None:
 def test_the_model_is_trained_and_served(folder: Path, tmp_path: Path) -> None:
     """It alone is trained, its model.onnx and card.json alone are served, and either engine gives its card's answers."""
     output = "".join(run("sh", "-c", command, cwd=folder).stdout for block in blocks("sh") for command in block.splitlines())
-    assert stages(output) == {f"{stage}@lesson" for stage in ("prepare", "train", "cross_validate", "export", "evaluate")}
+    assert stages(output) == {
+        f"{stage}@lesson" for stage in ("prepare", "train", "cross_validate", "export", "evaluate", "describe")
+    }
 
     home = folder / "models" / "lesson"
     alone = tmp_path / "served" / "lesson"

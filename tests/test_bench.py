@@ -1,5 +1,6 @@
 """`trefoil bench`, with either driver."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -13,7 +14,10 @@ COMMAND = (str(BIN / "trefoil"), "bench")
 
 @pytest.mark.parametrize("driver", ["asyncio", "h2load"])
 def test_bench(workspace: Path, tmp_path: Path, driver: str) -> None:
-    """Each driver measures the service and both floors; every figure is a positive number, where it is not too small to print."""
+    """Each driver measures the service and both floors; every figure is a positive number, where it is not too small to print.
+
+    Below the table every request of the rounds is in a histogram.
+    """
     if driver == "h2load":
         if not (real := shutil.which("h2load")):
             pytest.skip("h2load is not installed")
@@ -21,15 +25,18 @@ def test_bench(workspace: Path, tmp_path: Path, driver: str) -> None:
         (tmp_path / "h2load").chmod(0o755)
     flags = ("fizzbuzz", "--requests", "400", "--rounds", "1", "--models", str(workspace / "models"))
     done = run(*COMMAND, *flags, cwd=tmp_path, PATH=f"{BIN}:{tmp_path}")
-    head, *lines = done.stdout.splitlines()
+    table, spread, *_ = done.stdout.split("\n\n")
+    head, *lines = table.splitlines()
     assert head.split() == ["requests/s", "rows/s", "p50", "ms", "p99", "ms", "CPU", "us/request"]
-    assert [line.split()[0] for line in lines[-3:]] == ["trefoil", "echo", "session.run"]
-    for line in lines[-3:]:
+    assert [line.split()[0] for line in lines] == ["trefoil", "echo", "session.run"]
+    for line in lines:
         figures = [float(figure) for figure in line.split()[1:]]
         assert len(figures) == 5
         rate, rows, p50, p99, cpu = figures
         assert min(rate, rows, p99, cpu) > 0
         assert 0 <= p50 <= p99  # printed in hundredths of a millisecond
+    assert re.match(r"trefoil, ms: p50 \S+, p90 \S+, p99 \S+, max \S+\n", spread)
+    assert sum(int(line.split()[-1]) for line in spread.splitlines()[1:]) == 400
     assert (tmp_path / "used").exists() == (driver == "h2load")
 
 

@@ -19,6 +19,7 @@ class FakeEngine:
     """Writes down the size of every batch."""
 
     platform = "fake"
+    name = "fake 1"
 
     def __init__(self, device: str = "cpu") -> None:
         self.device = device

@@ -56,7 +56,7 @@ def test_calls_and_failures_are_counted(workspace: Path, workers: str) -> None:
     assert found["trefoil_request_seconds_count method=Answer"] == 6
     assert found["trefoil_request_seconds_count method=ModelInfer"] == 6
     assert found["trefoil_failures_total code=INVALID_ARGUMENT method=Answer"] == 6
-    assert found["trefoil_failures_total code=NOT_FOUND method=ModelMetadata"] == 6
+    assert found["trefoil_failures_total code=NOT_FOUND method=ModelConfig"] == 6
     assert found["trefoil_queue_seconds_count model=fizzbuzz"] == 12
     assert found["trefoil_batch_rows_count model=fizzbuzz"] == found["trefoil_compute_seconds_count model=fizzbuzz"] == 12
     assert found["trefoil_batch_rows_sum model=fizzbuzz"] == 30

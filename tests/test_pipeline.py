@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -28,8 +29,9 @@ from pipeline.stage import load_params, main, prepared
 from pipeline.train import Params, build, fit, train
 from service.card import read_card
 from tests.conftest import clone, edit_params, run
+from tests.test_workers import until
 
-TRAINED = ("train", "cross_validate", "export", "evaluate")  # the stages that settings and code of networks concern
+TRAINED = ("train", "cross_validate", "export", "evaluate", "describe")  # the stages that settings and code of networks concern
 
 every_model = pytest.mark.parametrize("name", models.names())
 OWN = {"fizzbuzz_any": {"prove@fizzbuzz_any"}}  # the stages that only one model has, after those that all have
@@ -115,6 +117,19 @@ def test_the_report_shows_every_model(trained: Path, tmp_path: Path) -> None:
     assert page.count("<svg") >= 5 * len(models.names()) + 1
     assert "misread: the answer" in page
     assert not re.search(r"""(src|href)=["']http""", re.sub(r"<metadata>.*?</metadata>", "", page, flags=re.DOTALL))
+
+
+def test_the_live_report_follows_the_curves(trained: Path, tmp_path: Path) -> None:
+    """`--live` draws what is there, and draws again when a point is added to a curve; the page loads itself anew."""
+    copy = shutil.copytree(trained, tmp_path / "live")
+    page, curve = copy / "report.html", copy / "models/fizzbuzz/curves/plots/metrics/train/loss.tsv"
+    with subprocess.Popen([sys.executable, "-m", "pipeline.report", "--live"], cwd=copy, stdout=subprocess.DEVNULL) as process:
+        first = until(lambda: page.is_file() and page.read_text())
+        assert 'http-equiv="refresh"' in first
+        assert first.count("<svg") == 2 * len(models.names())
+        curve.write_text(f"{curve.read_text()}201\t0.1\n")
+        until(lambda: page.read_text() not in ("", first))
+        process.terminate()
 
 
 # What is written
@@ -221,6 +236,7 @@ ANY = models.names()[0]
         (train, "__train__epochs", "many", "`$.epochs`"),
         (train, "__train__epochs", -1, "`$.epochs`"),
         (train, "__train__batch_size", 0, "`$.batch_size`"),
+        (train, "__train__precision", "half", "'half' is not known; use float32 or bfloat16"),
         (train, "__train__device", "tpu", "'tpu' is not known; use auto, cpu or cuda"),
         (train, "__train__device", "cuda", "torch sees no GPU; use auto or cpu"),
         (train, "__train__optimizer__name", "Sgdd", "'Sgdd' is no optimiser of torch.optim; use SGD"),
@@ -285,3 +301,18 @@ def test_a_damaged_mirror_stops_the_pipeline(tmp_path: Path) -> None:
     assert f"{name}.gz is damaged: expected SHA-256 {expected}, found {hashlib.sha256(damaged).hexdigest()}" in ended.stdout
     assert "Traceback" not in ended.stdout
     assert [path for folder in ("raw", "prepared") for path in (fresh / "data" / folder).rglob("*") if path.is_file()] == []
+
+
+@every_model
+def test_a_page_says_what_the_card_says(trained: Path, name: str) -> None:
+    """The page of a model has its description, warning, every unit and range, every figure and the hashes of its files."""
+    card = json.loads((trained / "models" / name / "card.json").read_text())
+    text = (trained / "docs" / "models" / f"{name}.md").read_text()
+    for said in (card["description"], card["warning"], card["intended_use"], card["data"]["sha256"], card["git_commit"]):
+        assert said in text
+    for feature in card["input"]["features"]:
+        assert f"| `{feature['name']}` | {feature['unit'] or '-'} | {feature['minimum']} to {feature['maximum']} |" in text
+    for figure in card["metrics"]:
+        assert figure == "rows" or f"| {figure.replace('_', ' ')} | " in text
+    for file, digest in card["files"].items():
+        assert f"| {file} | SHA-256 `{digest}` |" in text

@@ -589,6 +589,7 @@ def test_repository_requests(workspace: Path, tmp_path: Path) -> None:
             assert [(each.name, each.state) for each in index] == [(MODEL, "UNAVAILABLE"), ("fizzbuzz", "READY")]
             assert "load it" in reasons(client)[MODEL]
             assert not client.is_model_ready(MODEL)
+            assert client.is_server_ready()  # as it was asked to be
             assert health.Check(health_pb2.HealthCheckRequest(service=MODEL)).status == NOT_SERVING
             with pytest.raises(InferenceServerException, match="unloaded by request") as caught:
                 ask(client, rows, tmp_path / MODEL)

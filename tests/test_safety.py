@@ -10,7 +10,7 @@ import re
 import shutil
 import socket
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -106,7 +106,7 @@ def authority(tmp_path: Path) -> Identity:
     return made
 
 
-def ask(service: Service, **options: Any) -> list[str]:
+def ask(service: Service, **options: Any) -> Sequence[str]:
     """One call on a connection of its own."""
     with Client(service.address, timeout=20, **options) as client:
         return client.answer([15])

@@ -10,7 +10,6 @@ from torch.nn.functional import affine_grid, grid_sample
 from models.network import Classifier
 
 SIDE = 28  # pixels
-ROTATION, SCALE, SHIFT = math.radians(12), 0.1, 2 / SIDE  # at most, either way; the shift in sides
 
 
 def block(channels_in: int, channels_out: int, size: int, *, padding: int = 0, pool: bool = False) -> nn.Sequential:
@@ -46,8 +45,16 @@ def tiny() -> nn.Module:
 
 
 def record() -> nn.Module:
-    """The same shape in 233,000 parameters: 99.67 % with seed 0, after 20 epochs."""
-    return pyramid(16, 48, 96, 192)
+    """Five convolutions in 143,000 parameters, pooled late."""
+    return nn.Sequential(
+        block(1, 32, 3),  # (batch, 32, 26, 26)
+        block(32, 32, 3, pool=True),  # (batch, 32, 12, 12)
+        block(32, 64, 3),  # (batch, 64, 10, 10)
+        block(64, 64, 3, pool=True),  # (batch, 64, 4, 4)
+        block(64, 128, 3),  # (batch, 128, 2, 2)
+        nn.Flatten(),
+        nn.Linear(128 * 2 * 2, 10),
+    )
 
 
 def mlp() -> nn.Module:
@@ -98,8 +105,10 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {made.__name__: made for made in
 class Network(Classifier):
     """One of NETWORKS by name. Raises ValueError when there is none of that name."""
 
-    def __init__(self, *, name: str = "cnn") -> None:
+    def __init__(self, *, name: str = "cnn", rotation: float = 12, scale: float = 0.1, shift: float = 2) -> None:
+        """In training digits are turned by up to `rotation` degrees, stretched by the share `scale`, shifted by `shift` pixels."""
         super().__init__()
+        self.rotation, self.scale, self.shift = math.radians(rotation), scale, 2 * shift / SIDE  # of a grid from -1 to 1
         if name not in NETWORKS:
             raise ValueError(f"there is no network {name!r}; use {', '.join(NETWORKS)}")
         self.layers = NETWORKS[name]().to(memory_format=torch.channels_last)
@@ -107,9 +116,9 @@ class Network(Classifier):
     def augment(self, inputs: Tensor) -> Tensor:
         """(batch, 28, 28) ink -> the same, each picture turned, stretched and shifted a little at random."""
         angle, width, height, right, down = torch.rand(5, len(inputs), device=inputs.device) * 2 - 1
-        angle, width, height = angle * ROTATION, 1 + width * SCALE, 1 + height * SCALE
-        row = torch.stack([angle.cos() * width, -angle.sin() * height, right * 2 * SHIFT], dim=1)
-        column = torch.stack([angle.sin() * width, angle.cos() * height, down * 2 * SHIFT], dim=1)
+        angle, width, height = angle * self.rotation, 1 + width * self.scale, 1 + height * self.scale
+        row = torch.stack([angle.cos() * width, -angle.sin() * height, right * self.shift], dim=1)
+        column = torch.stack([angle.sin() * width, angle.cos() * height, down * self.shift], dim=1)
         grid = affine_grid(torch.stack([row, column], dim=1), [len(inputs), 1, SIDE, SIDE], align_corners=False)
         return grid_sample(inputs.unsqueeze(1).float(), grid, align_corners=False).squeeze(1)
 

@@ -70,8 +70,8 @@ class InferenceServicer(Face, inference_pb2_grpc.GRPCInferenceServiceServicer):
 
     @answers
     async def ServerReady(self, _request: ServerReadyRequest, _context: Any) -> ServerReadyResponse:  # noqa: N802
-        """Whether every known model is loaded."""
-        return ServerReadyResponse(ready=self._repository.names() == self._repository.known)
+        """Whether every model is loaded, save those that were unloaded by request."""
+        return ServerReadyResponse(ready=self._repository.ready)
 
     @answers
     async def ModelReady(self, request: ModelReadyRequest, _context: Any) -> ModelReadyResponse:  # noqa: N802
