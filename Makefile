@@ -32,5 +32,5 @@ proto: $(INSTALLED) ## generate the code of proto/*.proto anew
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("trefoil needs Python 3.11 or newer; set PYTHON to one")'
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[serve,trace,train,dev]'
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[serve,demo,trace,train,dev]'
 	touch $@

@@ -1,8 +1,11 @@
 """The command `trefoil`."""
 
 import json
+import signal
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
+from functools import partial
 from importlib.metadata import version
 from io import BufferedReader
 from pathlib import Path
@@ -11,6 +14,7 @@ from typing import Any
 import click
 import grpc
 import msgspec
+from click.core import ParameterSource
 from click.shell_completion import get_completion_class
 
 from service import logs, terminal
@@ -312,3 +316,34 @@ def completion(shell: str) -> None:
     kind = get_completion_class(shell)
     assert kind  # noqa: S101  for the type checker: click has all three
     click.echo(kind(main, {}, "trefoil", "_TREFOIL_COMPLETE").source(), nl=False)
+
+
+@main.command()
+@calls
+@click.option("--host", default="127.0.0.1", show_default=True, help="Of the page.")
+@click.option("--port", type=click.IntRange(0, 65535), default=7860, show_default=True, help="Of the page; 0 takes a free one.")
+@FOLDER
+def demo(client: Client, host: str, port: int, folder: Path) -> None:  # noqa: ARG001  the page opens a client for each question
+    """Play with the models on a web page, until SIGTERM or Ctrl-C.
+
+    Without --server, the page has a service of its own, which serves --models.
+
+    \b
+    Examples:
+      trefoil demo
+      trefoil demo --server localhost:8001
+    """  # noqa: D301
+    try:
+        from service import demo as demo_  # noqa: PLC0415
+    except ImportError as error:
+        raise Refusal(f"the page needs more packages: pip install 'trefoil[serve,demo]' ({error})") from None
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: sys.exit())
+    context = click.get_current_context()
+    own = context.get_parameter_source("server") == ParameterSource.DEFAULT
+    options = {name: context.params[name] for name in ("token", "tls_ca", "tls_certificate", "tls_key")}
+    try:
+        with demo_.service(folder) if own else nullcontext(context.params["server"]) as address:
+            demo_.run(demo_.Page(address, partial(Client, address, timeout=10, **options)), host, port)
+    except StartupError as error:
+        raise Refusal(str(error)) from None

@@ -6,6 +6,8 @@ from importlib.metadata import version
 from time import perf_counter
 from typing import Any
 
+import msgspec
+
 from proto import inference_pb2_grpc
 from proto.inference_pb2 import (
     InferBatchStatistics,
@@ -20,6 +22,7 @@ from proto.inference_pb2 import (
     ModelMetadataRequest,
     ModelMetadataResponse,
     ModelOutput,
+    ModelParameter,
     ModelReadyRequest,
     ModelReadyResponse,
     ModelStatistics,
@@ -40,7 +43,7 @@ from proto.inference_pb2 import (
     ServerReadyResponse,
     StatisticDuration,
 )
-from service.card import Tensor
+from service.card import Card, Tensor
 from service.config import Config
 from service.errors import InvalidInputError, ModelUnavailableError, answers, known, refuse_unreadable, streams
 from service.repository import Model, Repository
@@ -104,7 +107,7 @@ class InferenceServicer(Face, inference_pb2_grpc.GRPCInferenceServiceServicer):
 
     @answers
     async def ModelConfig(self, request: ModelConfigRequest, _context: Any) -> ModelConfigResponse:  # noqa: N802
-        """How a model is batched."""
+        """How a model is batched, and what its card says to people."""
         model, config = self._repository.get(request.name, request.version), self._repository.config
         return ModelConfigResponse(config=describe(model, config))
 
@@ -214,7 +217,15 @@ def describe(model: Model, config: Config) -> ModelConfig:
         input=[ModelInput(name=card.input.name, data_type=f"TYPE_{card.input.datatype}", dims=card.input.shape)],
         output=[ModelOutput(name=card.output.name, data_type=f"TYPE_{card.output.datatype}", dims=card.output.shape)],
         dynamic_batching=ModelDynamicBatching(max_queue_delay_microseconds=round(config.max_delay * 1e6)),
+        parameters={name: ModelParameter(string_value=value) for name, value in introduce(card).items()},
     )
+
+
+def introduce(card: Card) -> dict[str, str]:
+    """What a card says to people; lists are JSON."""
+    lists = {"labels": card.labels, "features": card.input.features}
+    texts = {"description": card.description, "intended_use": card.intended_use, "warning": card.warning}
+    return texts | {name: msgspec.json.encode(value).decode() for name, value in lists.items()}
 
 
 def count(model: Model) -> ModelStatistics:

@@ -1,15 +1,17 @@
 """NVIDIA's client, unmodified, in the process of our own."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
 
 import models
-from service.card import Card, Rows, read_card
+from service.card import Card, Feature, Rows, read_card
 from service.client import Client
 from tests.conftest import Service
 
@@ -46,6 +48,16 @@ def test_metadata(client: Any, workspace: Path, service: Service, name: str) -> 
     assert service.engine.removesuffix("runtime") in metadata.platform
     for found, expected in zip((*metadata.inputs, *metadata.outputs), (card.input, card.output), strict=True):
         assert (found.name, found.datatype, list(found.shape)) == (expected.name, expected.datatype, [-1, *expected.shape])
+
+
+@pytest.mark.parametrize("name", models.names())
+def test_config_tells_what_the_card_says(client: Any, workspace: Path, name: str) -> None:
+    """A client of another machine learns a model's description, warning, labels, units and ranges."""
+    card = read_card(workspace / "models" / name)
+    told = {key: parameter.string_value for key, parameter in client.get_model_config(name).config.parameters.items()}
+    assert (told["description"], told["intended_use"], told["warning"]) == (card.description, card.intended_use, card.warning)
+    assert json.loads(told["labels"]) == list(card.labels)
+    assert msgspec.json.decode(told["features"], type=tuple[Feature, ...]) == card.input.features
 
 
 @pytest.mark.parametrize("name", models.names())
