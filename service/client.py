@@ -179,14 +179,14 @@ class Client(_Connected):
 
     def infer(self, model: str, rows: Any) -> np.ndarray:
         """Ask any model over the Open Inference Protocol: (batch, *input shape) -> (batch, *output shape)."""
-        return np.concatenate([np.asarray(part) for part in self._batch(Tensors(self._config(model)), rows)])
+        return np.concatenate([np.asarray(part) for part in self._batch(Tensors(self.config(model)), rows)])
 
     def infer_each(self, model: str, rows: Iterable[Any], *, ahead: int = AHEAD) -> Iterator[np.ndarray]:
         """Ask any model for rows as they come: each (*input shape) -> (*output shape)."""
-        yield from self._stream(Tensors(self._config(model)), rows, ahead)
+        yield from self._stream(Tensors(self.config(model)), rows, ahead)
 
-    def _config(self, model: str) -> ModelConfig:
-        """What the service says of a model: its tensors, and how many rows it takes at a time."""
+    def config(self, model: str) -> ModelConfig:
+        """What the service says of a model: tensors, the most rows of a call, and what its card tells people; asked once."""
         with self._asking:
             if model not in self._configs:
                 stub = GRPCInferenceServiceStub(self._channel)
@@ -195,7 +195,7 @@ class Client(_Connected):
 
     def _batch(self, face: Face[Row, Answer], rows: Iterable[Row]) -> Iterator[Iterable[Answer]]:
         """The answers to all rows, part by part."""
-        parts = face.split(rows, self._config(face.model).max_batch_size)
+        parts = face.split(rows, self.config(face.model).max_batch_size)
         if len(parts) > 1:
             return self._ask(face, parts, CALLS)
         with self._part(face, parts[0]):  # a call that is not shared with another thread takes less time
@@ -203,7 +203,7 @@ class Client(_Connected):
 
     def _stream(self, face: Face[Row, Answer], rows: Iterable[Row], ahead: int) -> Iterator[Answer]:
         """The answers to rows as they come."""
-        most, calls = window(self._config(face.model).max_batch_size, ahead)
+        most, calls = window(self.config(face.model).max_batch_size, ahead)
         yield from chain.from_iterable(self._ask(face, split(face, rows, most), calls))
 
     def _ask(self, face: Face[Any, Answer], parts: Iterable[Part], calls: int) -> Iterator[Iterable[Answer]]:
@@ -287,16 +287,17 @@ class AsyncClient(_Connected):
 
     async def infer(self, model: str, rows: Any) -> np.ndarray:
         """As Client.infer."""
-        return np.concatenate([np.asarray(part) for part in await self._batch(Tensors(await self._config(model)), rows)])
+        return np.concatenate([np.asarray(part) for part in await self._batch(Tensors(await self.config(model)), rows)])
 
     async def infer_each(
         self, model: str, rows: AsyncIterable[Any] | Iterable[Any], *, ahead: int = AHEAD
     ) -> AsyncIterator[np.ndarray]:
         """As Client.infer_each."""
-        async for answer in self._stream(Tensors(await self._config(model)), rows, ahead):
+        async for answer in self._stream(Tensors(await self.config(model)), rows, ahead):
             yield answer
 
-    async def _config(self, model: str) -> ModelConfig:
+    async def config(self, model: str) -> ModelConfig:
+        """As Client.config."""
         async with self._asking:
             if model not in self._configs:
                 stub = GRPCInferenceServiceStub(self._channel)
@@ -304,11 +305,11 @@ class AsyncClient(_Connected):
             return self._configs[model]
 
     async def _batch(self, face: Face[Row, Answer], rows: Iterable[Row]) -> list[Iterable[Answer]]:
-        parts = face.split(rows, (await self._config(face.model)).max_batch_size)
+        parts = face.split(rows, (await self.config(face.model)).max_batch_size)
         return [answers async for answers in self._ask(face, each(parts), CALLS)]
 
     async def _stream(self, face: Face[Row, Answer], rows: AsyncIterable[Row] | Iterable[Row], ahead: int) -> AsyncIterator[Answer]:
-        most, calls = window((await self._config(face.model)).max_batch_size, ahead)
+        most, calls = window((await self.config(face.model)).max_batch_size, ahead)
         async for answers in self._ask(face, split_async(face, rows, most), calls):
             for answer in answers:
                 yield answer

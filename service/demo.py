@@ -181,7 +181,7 @@ class Page:
         """What the service tells of the model: what it does, a warning, and of each field unit and range."""
         try:
             with self._connect() as client:
-                parameters = client._config("diabetes").parameters  # noqa: SLF001  as the client learns it
+                parameters = client.config("diabetes").parameters
         except grpc.RpcError:
             return [gr.skip()] * (2 + len(FIELDS))
         told = {name: parameter.string_value for name, parameter in parameters.items()}
