@@ -32,5 +32,6 @@ proto: $(INSTALLED) ## generate the code of proto/*.proto anew
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("trefoil needs Python 3.11 or newer; set PYTHON to one")'
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[serve,demo,trace,train,dev]'
+	@echo 'pip fills $(VENV) with 7 GB, most of it torch; this takes minutes and shows nothing'
+	@$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[serve,demo,trace,train,dev]'
 	touch $@

@@ -30,6 +30,7 @@ import numpy as np
 from joblib import Parallel, cpu_count, delayed
 from scipy.stats import t as student
 from sklearn.metrics import accuracy_score, brier_score_loss, log_loss, roc_auc_score
+from tqdm import tqdm
 
 from pipeline.evaluate import check_gates, write_csv
 from pipeline.folds import SERVED, Repeat, Task, choose, cross_validate_once
@@ -222,7 +223,9 @@ def cross_validate(model: str) -> None:
         task = task_of(model, params, data)
         candidates, chosen_by = candidates_of(task, params.choices, len(data["train_inputs"]))
         jobs = min(params.repeats, cpu_count())
-        repeats = Parallel(n_jobs=jobs)(delayed(cross_validate_once)(task, candidates, repeat) for repeat in range(params.repeats))
+        tasks = (delayed(cross_validate_once)(task, candidates, repeat) for repeat in range(params.repeats))
+        done = Parallel(n_jobs=jobs, return_as="generator")(tasks)
+        repeats = list(tqdm(done, desc=f"cross_validate {model}", unit="repeat", total=params.repeats))
         chosen = [choice for repeat in repeats for choice in repeat.choices]
         figures = {
             "rows": len(task.targets),

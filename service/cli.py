@@ -93,8 +93,9 @@ def announce(config: Config, engines: Mapping[str, str]) -> None:
     click.echo(terminal.table([(f"  {name}", engine) for name, engine in engines.items()]))
     if config.workers > 1:
         click.echo(f"each in {config.workers} processes")
+    address = f"HOST:{config.port}" if config.tls_key else config.address  # a certificate is for names
     needed = {
-        "SERVER": config.address if config.address != DEFAULT_SERVER else None,
+        "SERVER": address if address != DEFAULT_SERVER else None,
         "TLS_CA": "CA.pem" if config.tls_key else None,
         "CLIENT_CERTIFICATE": "YOURS.pem" if config.tls_client_ca else None,
         "CLIENT_KEY": "YOURS.key" if config.tls_client_ca else None,

@@ -5,6 +5,7 @@ import io
 import logging
 import time
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -34,6 +35,12 @@ class Engine(Protocol):
 
 
 ONNX_TYPES = {"UINT8": "tensor(uint8)", "INT64": "tensor(int64)", "FP32": "tensor(float)"}
+
+
+@cache
+def _tell(name: str, device: str, reason: str) -> None:
+    """Log on which device an engine runs, and why: once, not for each model."""
+    log.info("%s on %s: %s", name, device, reason)
 
 
 class OnnxEngine:
@@ -68,7 +75,7 @@ class OnnxEngine:
         if config.device == "cuda" and self.device == "cpu":
             raise StartupError(f"device cuda is demanded, but onnxruntime cannot use it: {reason}")
         self.name = f"onnxruntime {ort.__version__}"
-        log.info("%s: %s on %s (%s)", card.name, self.name, self.device, reason)
+        _tell(self.name, self.device, reason)
         self._names = [card.output.name], card.input.name
 
     def run(self, rows: Rows) -> Rows:
@@ -136,7 +143,7 @@ class TorchEngine:
         self._network = network.eval().to(self.device)
         reason = "as demanded" if config.device != "auto" else "torch sees a GPU" if self.device == "cuda" else "torch sees no GPU"
         self.name = f"torch {torch.__version__}"
-        log.info("%s: %s on %s (%s)", card.name, self.name, self.device, reason)
+        _tell(self.name, self.device, reason)
 
     def run(self, rows: Rows) -> Rows:
         """(batch, *input shape) -> (batch, *output shape)."""

@@ -1,5 +1,6 @@
 """What an engine is measured and checked for at load."""
 
+import logging
 import sys
 from itertools import cycle
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 from service.card import Rows, read_card
 from service.config import Config
-from service.engine import BATCH_SECONDS, ENGINES, INLINE_SECONDS, SMALLEST_BATCH, Engine, Pace, load_engine, measure
+from service.engine import BATCH_SECONDS, ENGINES, INLINE_SECONDS, SMALLEST_BATCH, Engine, Pace, _tell, load_engine, measure
 from service.errors import StartupError
 from tests.conftest import REPOSITORY, run
 
@@ -87,3 +88,13 @@ def test_onnxruntime_keeps_to_itself(tmp_path: Path) -> None:
         code = f"import {ours}, onnxruntime; onnxruntime.InferenceSession"
         run("env", "-u", "CI", "-u", "ORT_DISABLE_TELEMETRY", f"HOME={tmp_path}", sys.executable, "-c", code, cwd=REPOSITORY)
     assert not any((tmp_path / ".cache").glob("Microsoft*"))
+
+
+def test_the_device_is_told_once(workspace: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Why models run on the CPU, or a GPU, is logged once, however many there are."""
+    caplog.set_level(logging.INFO)
+    _tell.cache_clear()
+    for name in ("diabetes", "fizzbuzz"):
+        folder = workspace / "models" / name
+        load_engine(folder, read_card(folder), Config())
+    assert [record.name for record in caplog.records] == ["service.engine"]

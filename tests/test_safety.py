@@ -119,6 +119,9 @@ def test_tls_with_token(small: Path, tmp_path: Path, authority: Identity, worker
     (tmp_path / "tokens").write_text("secret\n")
     flags = ("--tls-certificate", str(certificate), "--tls-key", str(key), "--token-file", str(tmp_path / "tokens"))
     with serving(small, *flags, "--workers", workers) as service:
+        assert service.process.stdout
+        hint = f"  export TREFOIL_SERVER=HOST:{service.address.rpartition(':')[2]}\n"  # a certificate is for names
+        assert hint in iter(service.process.stdout.readline, "  trefoil fizzbuzz 1 30\n")
         assert ask(service, tls_ca=tmp_path / "ca.pem", token="secret") == ["fizzbuzz"]  # noqa: S106
         assert refused(partial(ask, service, tls_ca=tmp_path / "ca.pem")).code() == StatusCode.UNAUTHENTICATED
         stranger, _ = issue("stranger").write(tmp_path, "stranger")
