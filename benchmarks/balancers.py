@@ -85,8 +85,8 @@ class Host:
 
 def new_host(number: int) -> Host:
     """A host on the bridge: a network namespace that lasts for as long as `cat` runs there, which ends with this process."""
-    command = ["unshare", "--net", "sh", "-c", "echo; exec cat"]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # noqa: S603
+    holder = ["unshare", "--net", "sh", "-c", "echo; exec cat"]
+    process = subprocess.Popen(holder, stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # noqa: S603
     if not (process.stdout and process.stdout.readline()):
         raise click.ClickException("unshare made no network namespace")
     host = Host(f"10.0.0.{number}", ("nsenter", f"--net=/proc/{process.pid}/ns/net"), f"port{number}")
