@@ -68,6 +68,7 @@ OPTIONS = {
     "grpc.keepalive_time_ms": 10_000,  # a peer that vanished is noticed while a call waits for it; never in gRPC
     "grpc.keepalive_timeout_ms": 5_000,  # Linux also gives up what it has sent and nobody acknowledged for so long
     "grpc.http2.max_pings_without_data": 0,  # no limit; with gRPC's, the third would come a minute later
+    "grpc.http2.ping_timeout_ms": 15_000,  # of a ping that measures the network: none for keepalive is sent before it is over
 }
 BALANCED = {  # for an address of several hosts
     **OPTIONS,
@@ -98,7 +99,8 @@ class _Connected:
         """`token` is sent with each call when the service wants one; `timeout` is the deadline of each call, in seconds.
 
         `balanced` spreads calls over all services that the address names, `ipv4:10.0.0.1:8001,10.0.0.2:8001` or `dns:trefoil:8001`,
-        but for those whose health is not SERVING. Behind a balancer, leave it off: one service that ends would speak for all.
+        but for those whose health is not SERVING. Leave it off for one service and behind a balancer, where one that ends would
+        speak for all. Over TLS give a name: no certificate is for a list.
 
         With `tls_ca`, a PEM file of the authorities to trust, calls go over TLS; with `tls_certificate` and `tls_key`, mTLS.
         Raises OSError when one of the files cannot be read, ValueError when one is missing: nothing goes in plain text by mistake.
