@@ -43,29 +43,39 @@ from service.messages import (
 if TYPE_CHECKING:
     from service.messages import Picture
 
-__all__ = ["MEASUREMENTS", "OPTIONS", "SERVICE_CONFIG", "Assessment", "AsyncClient", "Client", "Digit", "Word"]
+__all__ = ["BALANCED", "MEASUREMENTS", "OPTIONS", "SERVICE_CONFIG", "Assessment", "AsyncClient", "Client", "Digit", "Word"]
 
 AHEAD = 1024  # rows
-SERVICE_CONFIG = json.dumps(  # gRPC's standard retry policy, for any client: the channel option `grpc.service_config`
-    {
-        "methodConfig": [
-            {
-                "name": [{}],  # every method: to repeat one does no harm
-                "retryPolicy": {
-                    "maxAttempts": 5,
-                    "initialBackoff": "0.1s",
-                    "maxBackoff": "2s",
-                    "backoffMultiplier": 2,
-                    "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],  # the latter is gRPC's answer as a server ends
-                },
-            }
-        ]
-    }
-)
+_CALLS = {
+    "methodConfig": [
+        {
+            "name": [{}],  # every method: to repeat one does no harm
+            "retryPolicy": {
+                "maxAttempts": 5,
+                "initialBackoff": "0.1s",
+                "maxBackoff": "2s",
+                "backoffMultiplier": 2,
+                "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],  # the latter is gRPC's answer as a server ends
+            },
+        }
+    ]
+}
+SERVICE_CONFIG = json.dumps(_CALLS)  # gRPC's standard retry policy, for any client: the channel option `grpc.service_config`
 OPTIONS = {
     "grpc.service_config": SERVICE_CONFIG,
     "grpc.per_rpc_retry_buffer_size": 2**26,  # bytes; a call that has sent more is not tried again, and the default is 256 KiB
     "grpc.max_receive_message_length": -1,
+    "grpc.keepalive_time_ms": 10_000,  # a peer that vanished is noticed while a call waits for it; never in gRPC
+    "grpc.keepalive_timeout_ms": 5_000,  # Linux also gives up what it has sent and nobody acknowledged for so long
+    "grpc.http2.max_pings_without_data": 0,  # no limit; with gRPC's, the third would come a minute later
+    "grpc.http2.ping_timeout_ms": 15_000,  # of a ping that measures the network: none for keepalive is sent before it is over
+}
+BALANCED = {  # for an address of several hosts
+    **OPTIONS,
+    "grpc.service_config": json.dumps(
+        {**_CALLS, "loadBalancingConfig": [{"round_robin": {}}], "healthCheckConfig": {"serviceName": ""}}
+    ),
+    "grpc.max_reconnect_backoff_ms": 10_000,  # a host that is back is found so soon; 2 min in gRPC
 }
 
 
@@ -84,15 +94,20 @@ class _Connected:
         tls_certificate: Path | None = None,
         tls_key: Path | None = None,
         timeout: float = 30.0,
+        balanced: bool = False,
     ) -> None:
         """`token` is sent with each call when the service wants one; `timeout` is the deadline of each call, in seconds.
+
+        `balanced` spreads calls over all services that the address names, `ipv4:10.0.0.1:8001,10.0.0.2:8001` or `dns:trefoil:8001`,
+        but for those whose health is not SERVING. Leave it off for one service and behind a balancer, where one that ends would
+        speak for all. Over TLS give a name: no certificate is for a list.
 
         With `tls_ca`, a PEM file of the authorities to trust, calls go over TLS; with `tls_certificate` and `tls_key`, mTLS.
         Raises OSError when one of the files cannot be read, ValueError when one is missing: nothing goes in plain text by mistake.
         """
         if (tls_certificate is None) != (tls_key is None) or (tls_key and not tls_ca):
             raise ValueError("a certificate and its key go together, and need the authorities to trust")
-        options = list(OPTIONS.items())
+        options = list((BALANCED if balanced else OPTIONS).items())
         if tls_ca:
             files = [path.read_bytes() if path else None for path in (tls_ca, tls_key, tls_certificate)]
             self._channel = self._grpc.secure_channel(address, grpc.ssl_channel_credentials(*files), options)

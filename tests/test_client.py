@@ -17,6 +17,9 @@ import grpc
 import numpy as np
 import pytest
 from google.rpc.error_details_pb2 import BadRequest
+from grpc_health.v1.health import HealthServicer
+from grpc_health.v1.health_pb2 import HealthCheckResponse
+from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
 from grpc_status import rpc_status
 from PIL import Image
 
@@ -32,6 +35,7 @@ from tests.conftest import REPOSITORY, Service, run, serving
 from tests.test_safety import issue
 
 LIMIT = 10  # rows of a request
+SERVING, NOT_SERVING = HealthCheckResponse.SERVING, HealthCheckResponse.NOT_SERVING
 SEVEN = REPOSITORY / "examples" / "seven.png"
 Kind = type[Client] | type[AsyncClient]
 both = pytest.mark.parametrize("kind", [Client, AsyncClient])
@@ -307,6 +311,8 @@ class Unsteady(FizzBuzzServicer, GRPCInferenceServiceServicer):
 
     def __init__(self, answer: Callable[[AnswerRequest, Any], object], limit: int = LIMIT) -> None:
         self.answer, self.limit, self.asked, self.calls = answer, limit, 0, 0
+        self.health = HealthServicer()
+        self.health.set("", SERVING)
 
     def ModelConfig(self, request: ModelConfigRequest, _context: Any) -> ModelConfigResponse:  # noqa: N802
         """A limit of rows."""
@@ -329,6 +335,7 @@ def running(servicer: Unsteady) -> Iterator[str]:
         server = grpc.server(threads)
         add_FizzBuzzServicer_to_server(servicer, server)
         add_GRPCInferenceServiceServicer_to_server(servicer, server)
+        add_HealthServicer_to_server(servicer.health, server)
         port = server.add_insecure_port("127.0.0.1:0")
         server.start()
         try:
@@ -350,6 +357,26 @@ def test_unavailable_is_tried_again(kind: Kind, method: str) -> None:
     with running(servicer := Unsteady(answer)) as address:
         assert ask(kind, address, method, range(3 * LIMIT)) == [str(number) for number in range(3 * LIMIT)]
     assert servicer.calls == 3 + 2
+
+
+@both
+def test_balanced(kind: Kind) -> None:
+    """Calls are spread over all services that the address names, but for one whose health is not SERVING."""
+    services = [Unsteady(lambda *_: None) for _ in range(2)]
+    with running(services[0]) as one, running(services[1]) as other:
+
+        def calls() -> list[int]:
+            before = [service.calls for service in services]
+            ask(kind, f"ipv4:{one},{other}", "answer", range(4 * LIMIT), balanced=True)
+            return [service.calls - already for service, already in zip(services, before, strict=True)]
+
+        for well, found in ((0, [4, 0]), (1, [0, 4])):
+            services[well].health.set("", SERVING)
+            services[1 - well].health.set("", NOT_SERVING)
+            assert calls() == found
+        services[0].health.set("", SERVING)
+        while 0 in calls():  # a service that is not connected yet gets none
+            pass
 
 
 @both
