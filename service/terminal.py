@@ -72,8 +72,8 @@ def _line(name: str, card: Card | None) -> tuple[str, ...]:
 
 
 def commit(card: Card) -> str:
-    """The commit that trained a model, and whether there were changes beside it."""
-    return f"{card.git_commit[:8]}{card.git_commit[40:]}"
+    """The commit that trained a model, with a * when there were changes beside it."""
+    return card.git_commit[:7] + "*" * card.git_commit.endswith("-dirty")
 
 
 def details(card: Card) -> str:
@@ -109,6 +109,8 @@ def wrap(text: str, name: str = "") -> str:
 
 
 def validated(card: Card) -> str:
-    """The figures of the cross-validation: mean, and standard deviation over its repeats."""
-    figures = [(key, value) for key, value in card.cross_validation.items() if isinstance(value, dict) and "std" in value]
-    return ", ".join(f"{key} {value['mean']:.3f} ({value['std']:.3f})" for key, value in figures[:4])
+    """The figures of the cross-validation: mean, and standard deviation over its repeats when there were several."""
+    figures = [(key, value) for key, value in card.cross_validation.items() if isinstance(value, dict)]
+    return ", ".join(
+        f"{key} {value['mean']:.3f}" + (f" ({value['std']:.3f})" if "std" in value else "") for key, value in figures[:4]
+    )
