@@ -147,7 +147,7 @@ def test_both_files_give_the_answers_of_the_card(trained: Path, name: str) -> No
 
 
 def test_the_card_tells_how_far_to_trust_the_model(trained: Path) -> None:
-    """The diabetes card has the figures of the cross-validation, what it is for and a warning; `trefoil models NAME` prints these."""
+    """The diabetes card has the figures of the cross-validation, its use and a warning; `trefoil models NAME` prints these."""
     card = read_card(trained / "models" / "diabetes")
     found = json.loads((trained / "models" / "diabetes" / "cross_validation.json").read_text())
     assert {"rows", "chosen_by", "auc", "log_loss", "brier", "accuracy", "ece"} <= set(card.cross_validation)
