@@ -179,7 +179,9 @@ def describe(model: str) -> dict[str, Any]:
 def write(described: dict[str, dict[str, Any]], *, live: bool = False) -> None:
     """Write the page."""
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
-    PAGE.write_text(environment.get_template("report.html.j2").render(models=described, live=live))
+    unfinished = PAGE.with_suffix(".part")
+    unfinished.write_text(environment.get_template("report.html.j2").render(models=described, live=live))
+    unfinished.replace(PAGE)  # whoever looks sees a whole page
 
 
 def grown() -> dict[Path, float]:
