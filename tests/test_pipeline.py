@@ -124,12 +124,14 @@ def test_the_live_report_follows_the_curves(trained: Path, tmp_path: Path) -> No
     copy = shutil.copytree(trained, tmp_path / "live")
     page, curve = copy / "report.html", copy / "models/fizzbuzz/curves/plots/metrics/train/loss.tsv"
     with subprocess.Popen([sys.executable, "-m", "pipeline.report", "--live"], cwd=copy, stdout=subprocess.DEVNULL) as process:
-        first = until(lambda: page.is_file() and page.read_text())
-        assert 'http-equiv="refresh"' in first
-        assert first.count("<svg") == 2 * len(models.names())
-        curve.write_text(f"{curve.read_text()}201\t0.1\n")
-        until(lambda: page.read_text() != first)
-        process.terminate()
+        try:
+            first = until(lambda: page.is_file() and page.read_text())
+            assert 'http-equiv="refresh"' in first
+            assert first.count("<svg") == 2 * len(models.names())
+            curve.write_text(f"{curve.read_text()}201\t0.1\n")
+            until(lambda: page.read_text() != first)
+        finally:
+            process.terminate()
 
 
 # What is written
