@@ -114,7 +114,7 @@ def unary(name: str) -> Callable[..., Any]:
         except Ended:
             return (
                 Empty()
-            )  # Ray hands on a context's trailing metadata beside a response alone; gRPC drops that when the code is not OK
+            )  # without a response Ray drops the trailing metadata; with one gRPC drops the response, as the code is not OK
 
     return method
 

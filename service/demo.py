@@ -27,10 +27,7 @@ LONGEST = 3600.0  # seconds that a count may take
 PACE = 0.1  # seconds between two numbers of a count, so that a person can follow
 SHOWN = 100  # the last words of a count, which may go on for ever
 QUIET: Any = {"show_progress": "hidden", "api_visibility": "private"}
-DIRECT: Any = {
-    **QUIET,
-    "queue": False,
-}  # one request and its response; a count wants the queue, which can send many and be cancelled
+DIRECT: Any = {**QUIET, "queue": False}  # one request, one response; a count wants the queue: many, that can be cancelled
 
 # Units, and the ranges that are accepted, are told by the service. What is normal, where there is such a thing: American Diabetes
 # Association (glucose), ACC/AHA 2017 (blood pressure), Medscape (insulin), WHO (body mass index).
