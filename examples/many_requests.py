@@ -75,17 +75,19 @@ asyncio.run(streaming())
 
 # %% [markdown]
 # ## When it takes too long
-# A call ends when its deadline passes, and the service starts no work after that.
+# A call ends when its deadline passes, also in the middle of a stream, and the service stops its work on it.
 
 
 # %%
 async def impatient() -> None:
-    """A call that nobody could answer in time."""
-    async with AsyncClient(address, timeout=1e-6) as client:
+    """A count that nobody could finish in time."""
+    async with AsyncClient(address, timeout=0.5) as client:
+        counted = 0
         try:
-            await client.answer([1])
+            async for counted, _ in client.count(1, 2**62):
+                pass
         except grpc.RpcError as error:
-            print(error.code().name)
+            print("counted to", counted, "and then:", error.code().name)
 
 
 asyncio.run(impatient())

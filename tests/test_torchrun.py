@@ -270,7 +270,8 @@ def cable() -> Iterator[str]:
     except subprocess.CalledProcessError as error:
         pytest.skip(f"network namespaces cannot be made here: {error.stderr.decode().strip()}")
     finally:
-        for command in (f"netns del {name}0", f"netns del {name}1", f"link del {name}"):
+        links = [f"link del {name}{end}" for end in ("0", "1", "")]  # by name: a namespace takes its own down only some time later
+        for command in (*links, f"netns del {name}0", f"netns del {name}1"):
             subprocess.run(["ip", *command.split()], check=False, capture_output=True)  # noqa: S607  likewise
 
 
