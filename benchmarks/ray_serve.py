@@ -3,9 +3,10 @@
     pip install -c constraints.txt -e '.[serve,bench,ray]'      # in an environment of its own: docs/deploy.md says why
     PYTHONPATH=. python benchmarks/ray_serve.py --ingress haproxy
 
-It starts the nodes with `ray start`, deploys as docs/deploy.md does, and prints whether tritonclient gets right answers; CPU
-time a request beside the plain service's; what came of a load while replicas went from 1 to 3 and back; and what came of
-one while nodes were killed. Half of the callers have our client's retry policy. README.md has what was measured, and where.
+It starts the nodes with `ray start`, each with ports of its own, deploys as docs/deploy.md does, and puts HAProxy with
+deploy/haproxy.cfg in front, which asks each node for its health. It prints whether tritonclient gets right answers; CPU time
+a request beside the plain service's; what came of a load while replicas went from 1 to 3 and back; and what came of one while
+nodes were killed. Half of the callers have our client's retry policy. README.md has what was measured, and where.
 """
 
 import asyncio
@@ -20,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,7 +56,6 @@ INGRESS: dict[str, dict[str, str]] = {  # what Ray reads from the environment of
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",  # a replica that dies with a request: ask another
-        "SERVE_SOCKET_REUSE_PORT_ENABLED": "1",  # the nodes here share the ports of one machine
     },
 }
 
@@ -113,7 +113,7 @@ class Cluster:
         self._environment = {**os.environ, **INGRESS[ingress], "PYTHONPATH": str(ROOT), "RAY_raylet_start_wait_time_s": "120"}
         self._environment["PATH"] = f"{BIN}:{os.environ['PATH']}"
         self.address = f"127.0.0.1:{free_port()}"
-        self.port = free_port()
+        self.ports = [(free_port(), free_port()) for _ in range(NODES)]  # of each node's ingress: gRPC, HTTP
         self.add("--head", f"--port={self.address.rpartition(':')[2]}", "--include-dashboard=false", f"--temp-dir={folder}/ray")
         self._environment["RAY_ADDRESS"] = self.address
 
@@ -121,7 +121,13 @@ class Cluster:
         """Start a node, and wait until it is there."""
         flags = flags or (f"--address={self.address}",)
         command = [str(BIN / "ray"), "start", "--block", "--num-cpus=1", "--object-store-memory=80000000", "--disable-usage-stats"]
-        environment = {**self._environment, "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port())}
+        grpc_port, http_port = self.ports[len(self.nodes)]
+        environment = {
+            **self._environment,
+            "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
+            "RAY_SERVE_WORKER_PROXY_GRPC_PORT": str(grpc_port),
+            "RAY_SERVE_WORKER_PROXY_HTTP_PORT": str(http_port),
+        }
         with (self._folder / f"node{len(self.nodes)}").open("w+") as log:
             process = subprocess.Popen([*command, *flags], stdout=log, stderr=log, env=environment, cwd=ROOT)  # noqa: S603
             self.nodes.append(psutil.Process(process.pid))
@@ -145,7 +151,7 @@ class Cluster:
     def start(self) -> None:
         """Start Ray Serve."""
         functions = ["--grpc-disable-reflection", "--grpc-servicer-functions", "deploy.ray_app.add_faces"]
-        ports = [f"--grpc-port={self.port}", f"--http-port={free_port()}"]
+        ports = [f"--grpc-port={self.ports[0][0]}", f"--http-port={self.ports[0][1]}"]
         self.call("start", "--proxy-location=EveryNode", *ports, *functions)
 
     def deploy(self, **autoscaling: float) -> None:
@@ -185,6 +191,23 @@ class Cluster:
         """Kill all nodes."""
         while self.nodes:
             self.kill()
+
+    @contextlib.contextmanager
+    def balancer(self) -> Iterator[str]:
+        """The address of an HAProxy with deploy/haproxy.cfg, before every node's ingress. Raises RuntimeError without haproxy."""
+        address, servers = f"127.0.0.1:{free_port()}", [f"127.0.0.1:{port}" for port, _ in self.ports]
+        told = (ROOT / "deploy/haproxy.cfg").read_text().partition("    server a")[0]
+        told = told.replace("127.0.0.1:8080", address).replace("/run/", f"{self._folder}/")
+        file = self._folder / "haproxy.cfg"
+        file.write_text(told + "".join(f"    server {server} {server}\n" for server in servers))
+        program = shutil.which("haproxy", path=f"{os.environ['PATH']}:/usr/sbin")
+        if not program:
+            raise RuntimeError("there is no haproxy on the PATH")
+        with subprocess.Popen([program, "-db", "-f", str(file)]) as process:  # noqa: S603
+            try:
+                yield address
+            finally:
+                process.terminate()
 
 
 def until_ready(client: triton.InferenceServerClient, most: float = 120) -> None:
@@ -357,12 +380,12 @@ def main(ingress: str, only: str | None, kills: int, rounds: int) -> None:
             cluster.add()
         cluster.start()
         cluster.deploy(min_replicas=1, upscale_delay_s=2, downscale_delay_s=10)
-        address = f"127.0.0.1:{cluster.port}"
+        address = stack.enter_context(cluster.balancer())
         print(f"{ingress}; tritonclient: {ask_as_triton_does(address)}", flush=True)
         if only in (None, "cost"):
             print("CPU us a request    plain       Ray   ingress   replica     other   plain/s     Ray/s")
             for model, rows in LOADS:
-                print(cost(cluster, address, model, rows, rounds), flush=True)
+                print(cost(cluster, f"127.0.0.1:{cluster.ports[0][0]}", model, rows, rounds), flush=True)
         if only in (None, "scale"):
             print(asyncio.run(scale(cluster, address)), flush=True)
         if only in (None, "kill"):

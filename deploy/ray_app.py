@@ -17,11 +17,13 @@ from typing import Any, NoReturn
 import grpc
 import msgspec
 from google.protobuf.empty_pb2 import Empty
+from grpc_health.v1 import health_pb2_grpc
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse, HealthListResponse
 from ray import serve
 
 from proto import diabetes_pb2_grpc, digits_pb2_grpc, fizzbuzz_pb2_grpc, inference_pb2_grpc
 from service.config import Config
-from service.errors import ModelRefusedError, StartupError
+from service.errors import ModelNotFoundError, ModelRefusedError, StartupError, answers
 from service.metrics import Metrics
 from service.repository import Repository
 from service.servicers import Face, Readable
@@ -30,11 +32,40 @@ from service.servicers.digits import DigitsServicer
 from service.servicers.fizzbuzz import FizzBuzzServicer
 from service.servicers.inference import InferenceServicer
 
+
+class HealthServicer(Face, health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # it comes without types
+    """What a balancer asks before it sends calls to a node: an ingress that knows no replica yet has no answer."""
+
+    @answers
+    async def Check(self, request: HealthCheckRequest, _context: Any) -> HealthCheckResponse:  # noqa: N802
+        """Whether a model is served, or all are. Raises ModelNotFoundError."""
+        return HealthCheckResponse(status=self._status(request.service))
+
+    @answers
+    async def List(self, _request: Any, _context: Any) -> HealthListResponse:  # noqa: N802
+        """Check for every name."""
+        names = ("", *self._repository.known)
+        return HealthListResponse(statuses={name: HealthCheckResponse(status=self._status(name)) for name in names})
+
+    async def Watch(self, _request: Any, context: Any) -> AsyncIterator[HealthCheckResponse]:  # noqa: N802
+        """Refuse: watchers would fill a replica. Clients that watch take this for SERVING, as gRPC's standard says."""
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "not on Ray: ask Check")
+        yield HealthCheckResponse()  # never; it makes this a stream
+
+    def _status(self, name: str) -> HealthCheckResponse.ServingStatus:
+        """Of a model, or of all for an empty name. Raises ModelNotFoundError."""
+        if name and name not in self._repository.known:
+            raise ModelNotFoundError(f"there is no model {name!r}; known are {', '.join(self._repository.known)}")
+        serving = name in self._repository.names() if name else self._repository.ready
+        return HealthCheckResponse.SERVING if serving else HealthCheckResponse.NOT_SERVING
+
+
 FACES: dict[Callable[[Any, Any], None], type[Face]] = {
     inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server: InferenceServicer,
     digits_pb2_grpc.add_DigitsServicer_to_server: DigitsServicer,
     diabetes_pb2_grpc.add_DiabetesServicer_to_server: DiabetesServicer,
     fizzbuzz_pb2_grpc.add_FizzBuzzServicer_to_server: FizzBuzzServicer,
+    health_pb2_grpc.add_HealthServicer_to_server: HealthServicer,
 }
 SETTINGS = {  # of `trefoil serve`; the others are Ray's matter
     *("models", "engine", "device", "threads", "require_signed", "watch"),

@@ -10,6 +10,8 @@ import grpc
 import pytest
 from google.rpc.error_details_pb2 import BadRequest
 from google.rpc.status_pb2 import Status
+from grpc_health.v1 import health_pb2_grpc
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 
 from proto.fizzbuzz_pb2 import AnswerRequest, CountRequest
 from service.errors import InvalidInputError, ShuttingDownError, StartupError
@@ -19,6 +21,8 @@ pytest.importorskip(
     "ray", reason="ray is not installed: pip install -c constraints.txt 'trefoil[ray]' in an environment of its own"
 )
 ray_app: Any = pytest.importorskip("deploy.ray_app")
+
+SERVING, NOT_SERVING = HealthCheckResponse.SERVING, HealthCheckResponse.NOT_SERVING
 
 
 class Refusing:
@@ -117,6 +121,31 @@ def test_a_stream_ends_with_its_code() -> None:
     with pytest.raises(ray_app.Ended, match="ask another"):
         asyncio.run(read())
     assert told.code == grpc.StatusCode.UNAVAILABLE
+
+
+def test_health() -> None:
+    """The standard health service says which models a replica serves, and that it cannot be watched."""
+    models = SimpleNamespace(known=["a", "b"], names=lambda: ["a"], ready=False, metrics=Metrics(), admit=lambda: None)
+    face, told = ray_app.HealthServicer(models), Told()
+    methods = ray_app.Methods()
+    health_pb2_grpc.add_HealthServicer_to_server(face, ray_app.Readable(methods))
+    here = SimpleNamespace(methods=methods)
+
+    def ask(name: str) -> Any:
+        return asyncio.run(ray_app.Replica.Check(here, HealthCheckRequest(service=name).SerializeToString(), told))
+
+    assert [ask(name).status for name in ("a", "b", "")] == [SERVING, NOT_SERVING, NOT_SERVING]
+    listed = asyncio.run(ray_app.Replica.List(here, b"", told))
+    assert {name: each.status for name, each in listed.statuses.items()} == {"a": SERVING, "b": NOT_SERVING, "": NOT_SERVING}
+    ask("nope")
+    assert (told.code, told.details) == (grpc.StatusCode.NOT_FOUND, "there is no model 'nope'; known are a, b")
+
+    async def watch() -> list[Any]:
+        return [response async for response in ray_app.Replica.Watch(here, b"", told)]
+
+    with pytest.raises(ray_app.Ended):
+        asyncio.run(watch())
+    assert told.code == grpc.StatusCode.UNIMPLEMENTED
 
 
 def test_settings() -> None:
