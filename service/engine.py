@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 SMALLEST_BATCH = 32  # rows, where `measure` starts
 BATCH_SECONDS = 2e-3  # to start a batch takes about a twentieth of this
 INLINE_SECONDS = 1e-3  # a batch that is quicker than this on the CPU is not worth a thread
+PAUSE = 1e-3  # seconds before each step of loading: the event loop waits through many short calls as if they were one
 TOLERANCE = 1e-4  # how far an answer may be from the card's; devices and versions differ in the last digits
 
 
@@ -100,6 +101,7 @@ def _fits(path: Path, kind: str, found: Sequence[Any], expected: Tensor) -> None
         raise StartupError(f"{path} is not the graph that its card describes: its {kind} is {tensors}, and has to be {right}")
 
 
+@cache
 def _cuda_for_onnxruntime(wish: str) -> tuple[bool, str]:
     """Whether to try CUDA, and why."""
     import onnxruntime as ort  # noqa: PLC0415
@@ -160,7 +162,9 @@ def load_engine(folder: Path, card: Card, config: Config) -> Engine:
 
     Raises StartupError when it cannot be loaded or answers otherwise.
     """
+    time.sleep(PAUSE)
     engine = ENGINES[config.engine](folder, card, config)
+    time.sleep(PAUSE)
     try:
         for rows in (card.example_rows()[:1], card.example_rows()):
             answers = engine.run(rows)
@@ -193,6 +197,7 @@ def measure(engine: Engine, example: Rows, most: int) -> Pace:
 
 def _seconds(engine: Engine, batch: Rows) -> float:
     """How long one run takes."""
+    time.sleep(PAUSE)
     started = time.perf_counter()
     engine.run(batch)
     return time.perf_counter() - started
