@@ -82,12 +82,12 @@ asyncio.run(streaming())
 async def impatient() -> None:
     """A count that nobody could finish in time."""
     async with AsyncClient(address, timeout=0.5) as client:
-        counted = 0
+        last = 0
         try:
-            async for counted, _ in client.count(1, 2**62):
-                pass
+            async for number, _ in client.count(1, 2**62):
+                last = number
         except grpc.RpcError as error:
-            print("counted to", counted, "and then:", error.code().name)
+            print("counted to", last, "and then:", error.code().name)
 
 
 asyncio.run(impatient())

@@ -55,6 +55,18 @@ class Classifier(Predictor):
         return torch.softmax(self.logits(inputs), dim=1)
 
 
+class Outputs(nn.Module):
+    """A network whose call gives its `outputs`, for what only calls a network."""
+
+    def __init__(self, network: Predictor) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """(batch, ...) -> what the loss is taken of, (batch, ...)."""
+        return self.network.outputs(inputs)
+
+
 def build(model: str, network: str | dict[str, Any]) -> Predictor:
     """A model's network, untrained, as `train.network` in params.yaml wants it: keywords, or a name that stands for `name: ...`.
 

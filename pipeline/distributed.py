@@ -24,13 +24,13 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.nn.parallel import DistributedDataParallel
 
-from models.network import Predictor
+from models.network import Outputs, Predictor
 from pipeline.stage import PipelineError
 
 PATIENCE = timedelta(seconds=30)  # with the others in any exchange: far above a step, even on a busy host, and short to wait for
@@ -68,18 +68,6 @@ class Alone:
 
 
 ALONE = Alone()
-
-
-class Outputs(nn.Module):
-    """A network as DistributedDataParallel wants it: `outputs` are the answer to a call."""
-
-    def __init__(self, network: Predictor) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """The network's `outputs`."""
-        return self.network.outputs(inputs)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.nn.functional import cross_entropy
 
-from models.network import Predictor
+from models.network import Outputs, Predictor
 from pipeline.rivals import RIVALS
 from pipeline.stage import PipelineError
 from pipeline.train import Params as TrainParams
@@ -21,18 +21,6 @@ from pipeline.train import build, build_optimizer, schedule
 
 TOGETHER = 50  # networks trained at once
 SERVED = "served"  # the name of what `train` in params.yaml says
-
-
-class Outputs(nn.Module):
-    """A network whose call gives what the loss is taken of."""
-
-    def __init__(self, network: Predictor) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """(batch, ...) -> (batch, classes)."""
-        return self.network.outputs(inputs)
 
 
 class Many(Predictor):

@@ -34,7 +34,12 @@ PRINTED = {
         "[-1] is right",
         "1.5 is no INT64",
     ],
-    "many_requests": ["'number': 533, 'fizz': 267, 'buzz': 134, 'fizzbuzz': 66", "fizzbuzz positive 3", FIZZBUZZ[:50], "then: DEADLINE_EXCEEDED"],
+    "many_requests": [
+        "'number': 533, 'fizz': 267, 'buzz': 134, 'fizzbuzz': 66",
+        "fizzbuzz positive 3",
+        FIZZBUZZ[:50],
+        "then: DEADLINE_EXCEEDED",
+    ],
 }
 
 
