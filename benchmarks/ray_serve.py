@@ -1,6 +1,6 @@
 """The service on Ray Serve, on a cluster of three nodes on this machine: `python benchmarks/ray_serve.py`, with trained models.
 
-    pip install -c constraints.txt -e '.[serve,bench,ray]'      # in an environment of its own: docs/deploy.md says why
+    pip install -c constraints.txt -e '.[serve,bench,ray]' tritonclient  # an environment of its own: docs/deploy.md says why
     PYTHONPATH=. python benchmarks/ray_serve.py --ingress haproxy
 
 It starts the nodes with `ray start`, each with ports of its own, deploys as docs/deploy.md does, and puts HAProxy with
@@ -43,6 +43,7 @@ from service.engine import TOLERANCE
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 NODES = 3
+REPLICAS = {"target_ongoing_requests": 4}  # as deploy/ray_app.py has it
 LOADS = (("fizzbuzz", 1), ("fizzbuzz", 64), ("mnist", 1))
 CALLS = (("fizzbuzz", 1), ("mnist", 8))  # of the callers; 8 pictures are 6 KB
 INGRESS: dict[str, dict[str, str]] = {  # what Ray reads from the environment of its nodes
@@ -86,7 +87,7 @@ def name(process: psutil.Process) -> str:
 def role(process: psutil.Process) -> str:
     """What a process of Ray's does: replica, ingress or other."""
     what = name(process)
-    return "replica" if "ServeReplica" in what else "ingress" if "ProxyActor" in what or "haproxy" in what else "other"
+    return "replica" if "ServeReplica" in what else "ingress" if "ProxyActor" in what or "haproxy" in what.lower() else "other"
 
 
 @dataclass
@@ -125,6 +126,7 @@ class Cluster:
         environment = {
             **self._environment,
             "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
+            "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
             "RAY_SERVE_WORKER_PROXY_GRPC_PORT": str(grpc_port),
             "RAY_SERVE_WORKER_PROXY_HTTP_PORT": str(http_port),
         }
@@ -158,7 +160,7 @@ class Cluster:
         """Deploy the application, or change how it scales."""
         deployment = {
             "name": "trefoil",
-            "autoscaling_config": {"max_replicas": NODES, "target_ongoing_requests": 32, **autoscaling},
+            "autoscaling_config": {**REPLICAS, "max_replicas": NODES, **autoscaling},
         }
         told = {"import_path": "deploy.ray_app:app", "args": {"models": str(ROOT / "models")}, "deployments": [deployment]}
         file = self._folder / "app.yaml"  # JSON is YAML
@@ -203,7 +205,7 @@ class Cluster:
         program = shutil.which("haproxy", path=f"{os.environ['PATH']}:/usr/sbin")
         if not program:
             raise RuntimeError("there is no haproxy on the PATH")
-        with subprocess.Popen([program, "-db", "-f", str(file)]) as process:  # noqa: S603
+        with subprocess.Popen([program, "-q", "-db", "-f", str(file)], stderr=subprocess.DEVNULL) as process:  # noqa: S603
             try:
                 yield address
             finally:
@@ -333,12 +335,12 @@ async def until(cluster: Cluster, count: int, most: float) -> float:
 async def scale(cluster: Cluster, address: str) -> str:
     """From 1 replica to 3 and back, under a load that grows and shrinks."""
     callers = Callers(address)
-    await callers.become(8)
+    await callers.become(2)
     await asyncio.sleep(5)
     await callers.become(128)
-    up = await until(cluster, NODES, 180)
+    up = await until(cluster, NODES, 300)
     await asyncio.sleep(10)
-    await callers.become(8)
+    await callers.become(2)
     down = await until(cluster, 1, 300)
     await asyncio.sleep(5)
     await callers.become(0)
@@ -348,9 +350,9 @@ async def scale(cluster: Cluster, address: str) -> str:
 async def kill(cluster: Cluster, address: str, kills: int) -> str:
     """Kill a node with a replica under load, and add another one; so many times."""
     callers, busy, killed = Callers(address), list[float](), Counter[str]()
-    await callers.become(32)
+    await until(cluster, NODES, 300)
+    await callers.become(16)
     for _ in range(kills):
-        await until(cluster, NODES, 120)
         before = used(cluster, cluster.nodes[-1:])["replica"]
         await asyncio.sleep(5)
         busy.append((used(cluster, cluster.nodes[-1:])["replica"] - before) / 5)
@@ -359,7 +361,7 @@ async def kill(cluster: Cluster, address: str, kills: int) -> str:
         await asyncio.sleep(15)
         callers.phase[0] = "node joins"
         await asyncio.to_thread(cluster.add)
-        await until(cluster, NODES, 120)
+        await until(cluster, NODES, 300)
         await asyncio.sleep(5)
         callers.phase[0] = "steady"
     await callers.become(0)

@@ -45,15 +45,15 @@ def tiny() -> nn.Module:
 
 
 def record() -> nn.Module:
-    """Five convolutions in 144,000 parameters, pooled late: 99.68 %, the mean of 3 seeds, after 30 epochs."""
+    """Five convolutions in 320,000 parameters, pooled late: benchmarks/networks.py has how it is trained, and what it comes to."""
     return nn.Sequential(
-        block(1, 32, 3),  # (batch, 32, 26, 26)
-        block(32, 32, 3, pool=True),  # (batch, 32, 12, 12)
-        block(32, 64, 3),  # (batch, 64, 10, 10)
-        block(64, 64, 3, pool=True),  # (batch, 64, 4, 4)
-        block(64, 128, 3),  # (batch, 128, 2, 2)
+        block(1, 48, 3),  # (batch, 48, 26, 26)
+        block(48, 48, 3, pool=True),  # (batch, 48, 12, 12)
+        block(48, 96, 3),  # (batch, 96, 10, 10)
+        block(96, 96, 3, pool=True),  # (batch, 96, 4, 4)
+        block(96, 192, 3),  # (batch, 192, 2, 2)
         nn.Flatten(),
-        nn.Linear(128 * 2 * 2, 10),
+        nn.Linear(192 * 2 * 2, 10),
     )
 
 
