@@ -127,7 +127,7 @@ class Server:
 
     async def start(self) -> None:
         """Accept calls; health says which models are served."""
-        gc.freeze()  # nothing of what is loaded goes away: no collection, 10 ms long, needs to walk through it
+        gc.freeze()  # nothing of what is loaded goes away: no collection needs to walk through it
         await self._server.start()
         await self.set_health("", serving=True)
         await self._tell_health()
