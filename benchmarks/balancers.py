@@ -43,13 +43,13 @@ from typing import Any, Literal
 import click
 import grpc
 import numpy as np
+from tercet.card import Card, Rows, read_card
+from tercet.client import BALANCED, OPTIONS
+from tercet.proto import inference_pb2_grpc
+from tercet.proto.inference_pb2 import ModelInferRequest, ModelStatisticsRequest
+from tercet.server.engine import TOLERANCE
 
-from proto import inference_pb2_grpc
-from proto.inference_pb2 import ModelInferRequest, ModelStatisticsRequest
-from service.bench import build_request
-from service.card import Card, Rows, read_card
-from service.client import BALANCED, OPTIONS
-from service.engine import TOLERANCE
+from benchmarks.load import build_request
 
 ROOT = Path(__file__).parents[1]
 FAULTS = ("none", "kill -9", "kills", "SIGTERM", "SIGSTOP", "throttled", "drained", "cut off")
@@ -123,8 +123,8 @@ class Service:
     def __init__(self, host: Host, models: Path) -> None:
         self.host, port = host, free_port()
         self.address = f"{host.address}:{port}"
-        trefoil = [str(Path(sys.executable).with_name("trefoil")), "serve", "--device=cpu", "--insecure"]
-        self._command = [*host.inside, *trefoil, f"--host={host.address}", f"--port={port}", f"--models={models}"]
+        tercet = [str(Path(sys.executable).with_name("tercet")), "serve", "--device=cpu", "--insecure"]
+        self._command = [*host.inside, *tercet, f"--host={host.address}", f"--port={port}", f"--models={models}"]
         self.start()
 
     def start(self) -> None:
@@ -182,8 +182,8 @@ class Balancer(Direct):
         """Send a service new calls, or none; those that it has go on."""
         if self._name == "haproxy":
             with socket.socket(socket.AF_UNIX) as told:
-                told.connect(str(self._folder / "haproxy-trefoil.sock"))
-                told.sendall(f"set server trefoil/a state {'ready' if new else 'drain'}\n".encode())
+                told.connect(str(self._folder / "haproxy-tercet.sock"))
+                told.sendall(f"set server tercet/a state {'ready' if new else 'drain'}\n".encode())
                 told.recv(1)
         else:
             here = f"server {service.address}"

@@ -23,14 +23,14 @@ import click
 import grpc
 import numpy as np
 import simpy
+from tercet.card import read_card
+from tercet.proto import inference_pb2_grpc
+from tercet.proto.inference_pb2 import ModelStatisticsRequest
 
-from proto import inference_pb2_grpc
-from proto.inference_pb2 import ModelStatisticsRequest
-from service.bench import Load, build_request, drive, session_run, started
-from service.card import read_card
+from benchmarks.load import Load, build_request, drive, session_run, started
 
 MODELS = Path("models")
-SERVE = [str(Path(sys.executable).with_name("trefoil")), "serve", "--port=0", "--device=cpu", f"--models={MODELS}"]
+SERVE = [str(Path(sys.executable).with_name("tercet")), "serve", "--port=0", "--device=cpu", f"--models={MODELS}"]
 LOADS = (("fizzbuzz", 1), ("fizzbuzz", 64), ("diabetes", 1), ("mnist", 1))
 RATES = (10_000, 100_000, 1_000_000)  # requests a second
 HOURS = 730  # of a month

@@ -33,14 +33,14 @@ import grpc
 import numpy as np
 import psutil
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from tercet.card import read_card
+from tercet.client import OPTIONS
+from tercet.proto.fizzbuzz_pb2 import AnswerRequest, CountRequest
+from tercet.proto.fizzbuzz_pb2_grpc import FizzBuzzStub
+from tercet.proto.inference_pb2 import ModelInferRequest, ModelStatisticsRequest, RepositoryModelLoadRequest
+from tercet.proto.inference_pb2_grpc import GRPCInferenceServiceStub
 
-from proto.fizzbuzz_pb2 import AnswerRequest, CountRequest
-from proto.fizzbuzz_pb2_grpc import FizzBuzzStub
-from proto.inference_pb2 import ModelInferRequest, ModelStatisticsRequest, RepositoryModelLoadRequest
-from proto.inference_pb2_grpc import GRPCInferenceServiceStub
-from service.bench import METHOD, build_request
-from service.card import read_card
-from service.client import OPTIONS
+from benchmarks.load import METHOD, build_request
 
 MODELS = Path("models")
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -73,7 +73,7 @@ class Running:
 @contextmanager
 def started(*flags: str, models: Path = MODELS) -> Iterator[Running]:
     """A service on a free port."""
-    command = [str(Path(sys.executable).with_name("trefoil"))]
+    command = [str(Path(sys.executable).with_name("tercet"))]
     command += ["serve", "--port", "0", "--metrics-port", "0", "--models", str(models), *flags]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:  # noqa: S603
         lines = [process.stdout.readline() if process.stdout else "" for _ in range(2)]
@@ -189,7 +189,7 @@ async def all_run(channel: grpc.aio.Channel) -> bool:
 def waiting(service: Running, model: str) -> float:
     """Rows that wait, as Prometheus is told."""
     with urllib.request.urlopen(service.metrics) as response:  # noqa: S310  our own
-        found = re.search(rf'^trefoil_queue_rows{{model="{model}"}} (\S+)', response.read().decode(), flags=re.MULTILINE)
+        found = re.search(rf'^tercet_queue_rows{{model="{model}"}} (\S+)', response.read().decode(), flags=re.MULTILINE)
     return float(found[1]) if found else 0
 
 

@@ -29,12 +29,12 @@ from google.protobuf.message import DecodeError, Message
 from grpc import StatusCode
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from PIL import Image
+from tercet.card import Card, read_card
+from tercet.proto import diabetes_pb2, digits_pb2, fizzbuzz_pb2, inference_pb2
+from tercet.server.repository import find
+from tercet.server.tensors import CONTENTS
 
-from proto import diabetes_pb2, digits_pb2, fizzbuzz_pb2, inference_pb2
-from service.bench import build_request
-from service.card import Card, read_card
-from service.repository import find
-from service.tensors import CONTENTS
+from benchmarks.load import build_request
 
 MODELS = Path("models")
 REFUSED = {StatusCode.INVALID_ARGUMENT}
@@ -58,10 +58,10 @@ def seeds(cards: dict[str, Card]) -> list[Seed]:
     """Right requests of all methods but those that change which models are served, whose models do not exist."""
     inference, missing = "/inference.GRPCInferenceService/", frozenset({StatusCode.NOT_FOUND})
     found = [
-        Seed("/trefoil.v1.FizzBuzz/Answer", fizzbuzz_pb2.AnswerRequest(numbers=[3, 15, 1024]), fizzbuzz_pb2.AnswerResponse),
-        Seed("/trefoil.v1.FizzBuzz/Count", fizzbuzz_pb2.CountRequest(start=1, stop=5), fizzbuzz_pb2.CountResponse, "out"),
-        Seed("/trefoil.v1.Diabetes/Assess", assess(cards["diabetes"]), diabetes_pb2.AssessResponse),
-        *(Seed("/trefoil.v1.Digits/Classify", request, digits_pb2.ClassifyResponse) for request in pictures(cards["mnist"])),
+        Seed("/tercet.v1.FizzBuzz/Answer", fizzbuzz_pb2.AnswerRequest(numbers=[3, 15, 1024]), fizzbuzz_pb2.AnswerResponse),
+        Seed("/tercet.v1.FizzBuzz/Count", fizzbuzz_pb2.CountRequest(start=1, stop=5), fizzbuzz_pb2.CountResponse, "out"),
+        Seed("/tercet.v1.Diabetes/Assess", assess(cards["diabetes"]), diabetes_pb2.AssessResponse),
+        *(Seed("/tercet.v1.Digits/Classify", request, digits_pb2.ClassifyResponse) for request in pictures(cards["mnist"])),
         Seed("/grpc.health.v1.Health/Check", HealthCheckRequest(service="mnist"), HealthCheckResponse, allowed=missing),
         Seed(f"{inference}ServerLive", inference_pb2.ServerLiveRequest(), inference_pb2.ServerLiveResponse),
         Seed(f"{inference}ServerReady", inference_pb2.ServerReadyRequest(), inference_pb2.ServerReadyResponse),
@@ -350,8 +350,8 @@ async def fuzz(address: str, requests: int, seed: int, in_flight: int) -> Fuzzer
 @click.option("--seed", default=0, show_default=True)
 @click.option("--in-flight", default=32, show_default=True)
 def main(requests: int, seed: int, in_flight: int) -> None:
-    """Fuzz `trefoil serve` on the trained models; exit with 1 when an answer was wrong."""
-    command = [str(Path(sys.executable).with_name("trefoil")), "serve", "--port", "0", "--models", str(MODELS)]
+    """Fuzz `tercet serve` on the trained models; exit with 1 when an answer was wrong."""
+    command = [str(Path(sys.executable).with_name("tercet")), "serve", "--port", "0", "--models", str(MODELS)]
     with tempfile.TemporaryFile("w+") as log, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as process:  # noqa: S603
         address = process.stdout.readline().split()[-1] if process.stdout else ""
         begun, before = time.perf_counter(), psutil.Process(process.pid).memory_info().rss

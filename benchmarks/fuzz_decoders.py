@@ -14,15 +14,14 @@ import atheris
 with atheris.instrument_imports(include=["service", "PIL"]):
     from google.protobuf.message import DecodeError
     from PIL import PngImagePlugin
-
-    from proto.diabetes_pb2 import Patient
-    from proto.inference_pb2 import ModelInferRequest
-    from service.card import read_card
-    from service.errors import InvalidInputError
-    from service.images import decode_image
-    from service.repository import find
-    from service.servicers.diabetes import decode as decode_patient
-    from service.tensors import WHERE, decode, encode
+    from tercet.card import read_card
+    from tercet.errors import InvalidInputError
+    from tercet.proto.diabetes_pb2 import Patient
+    from tercet.proto.inference_pb2 import ModelInferRequest
+    from tercet.server.images import decode_image
+    from tercet.server.repository import find
+    from tercet.server.servicers.diabetes import decode as decode_patient
+    from tercet.server.tensors import WHERE, decode, encode
 
 MODELS = Path("models")
 # to get beyond the checksums

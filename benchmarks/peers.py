@@ -6,7 +6,7 @@ Each peer is installed with pip into an environment of its own, once (some 1.4 G
 instance. KServe has no batching in the server, MLServer's always waits and stays off as it is by default, Triton's dynamic
 batching is on; latency logs, metrics and Triton's HTTP port are off. First each server is started alone: `ready s`, from start
 to the first line it prints (to ServerReady of a peer), and `PSS MB`, its process tree after 100 requests; medians of STARTS.
-Then all run at once and rounds alternate, as in service.bench.
+Then all run at once and rounds alternate, as in benchmarks.load.
 """
 
 import json
@@ -28,13 +28,13 @@ import click
 import grpc
 import numpy as np
 import psutil
+from tercet.card import Card, read_card
+from tercet.cli.export_triton import export
+from tercet.proto import inference_pb2_grpc
+from tercet.proto.inference_pb2 import ModelInferRequest
+from tercet.server.engine import TOLERANCE
 
-from proto import inference_pb2_grpc
-from proto.inference_pb2 import ModelInferRequest
-from service.bench import Load, Result, build_request, drive, median, started, table
-from service.card import Card, read_card
-from service.engine import TOLERANCE
-from service.triton import export
+from benchmarks.load import Load, Result, build_request, drive, median, started, table
 
 HERE = Path(__file__).parent
 OURS = HERE / "peers"  # what runs in the environments
@@ -197,9 +197,9 @@ def measure(model: Path, rows: int, rounds: int, environments: Path, folder: Pat
     shutil.copytree(model, served := folder / "models" / model.name, ignore=lambda _, names: {*names} - {"card.json", "model.onnx"})
     card = read_card(served)
     load = Load(request=build_request(card, rows), requests=6000)
-    trefoil = [str(Path(sys.executable).with_name("trefoil")), "serve", "--port=0", "--device=cpu", f"--models={served.parent}"]
-    servers = {"trefoil": Server(command=trefoil, load=load)}
-    servers["echo"] = Server(command=[sys.executable, "-m", "service.bench"], load=load)
+    tercet = [str(Path(sys.executable).with_name("tercet")), "serve", "--port=0", "--device=cpu", f"--models={served.parent}"]
+    servers = {"tercet": Server(command=tercet, load=load)}
+    servers["echo"] = Server(command=[sys.executable, "-m", "benchmarks.load"], load=load)
     figures: dict[str, tuple[float, float]] = {}
     for name in [*servers, *PEERS]:
         try:

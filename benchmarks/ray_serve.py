@@ -32,13 +32,13 @@ import grpc
 import numpy as np
 import psutil
 import tritonclient.grpc as triton
+from tercet.card import Card, read_card
+from tercet.client import OPTIONS
+from tercet.proto import inference_pb2_grpc
+from tercet.proto.inference_pb2 import ModelInferRequest
+from tercet.server.engine import TOLERANCE
 
-from proto import inference_pb2_grpc
-from proto.inference_pb2 import ModelInferRequest
-from service.bench import Load, build_request, check, drive, started, with_asyncio, with_h2load
-from service.card import Card, read_card
-from service.client import OPTIONS
-from service.engine import TOLERANCE
+from benchmarks.load import Load, build_request, check, drive, started, with_asyncio, with_h2load
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -65,7 +65,7 @@ STATES = """
 import json, ray
 from ray import serve
 ray.init(log_to_driver=False, logging_level="ERROR")
-print(json.dumps(serve.status().applications["default"].deployments["trefoil"].replica_states))
+print(json.dumps(serve.status().applications["default"].deployments["tercet"].replica_states))
 """
 
 
@@ -159,7 +159,7 @@ class Cluster:
     def deploy(self, **autoscaling: float) -> None:
         """Deploy the application, or change how it scales."""
         deployment = {
-            "name": "trefoil",
+            "name": "tercet",
             "autoscaling_config": {**REPLICAS, "max_replicas": NODES, **autoscaling},
         }
         told = {"import_path": "deploy.ray_app:app", "args": {"models": str(ROOT / "models")}, "deployments": [deployment]}
@@ -261,7 +261,7 @@ def cost(cluster: Cluster, address: str, model: str, rows: int, rounds: int) -> 
     load = Load(request=build_request(read_card(ROOT / "models" / model), rows), requests=2000)
     plain, ours = list[float](), list[dict[str, float]]()
     rates = list[tuple[float, float]]()
-    with started(str(BIN / "trefoil"), "serve", "--port=0", "--device=cpu", f"--models={ROOT / 'models'}") as (other, pid):
+    with started(str(BIN / "tercet"), "serve", "--port=0", "--device=cpu", f"--models={ROOT / 'models'}") as (other, pid):
         for _ in range(rounds + 1):
             found = drive(other, pid, load)
             check(address, load)

@@ -1,4 +1,4 @@
-"""The figures that trefoil's serving is held to: `python benchmarks/serving.py`, on an otherwise idle machine, with trained models.
+"""The figures that tercet's serving is held to: `python benchmarks/serving.py`, on an otherwise idle machine, with trained models.
 
 Ratios are taken between medians of alternating rounds of one run. README.md beside this file has what was measured, where, and what
 was tried on the way.
@@ -12,13 +12,13 @@ from pathlib import Path
 
 import click
 import psutil
+from tercet.card import read_card
 
-from service.bench import Load, Result, build_request, compare, session_run
-from service.card import read_card
+from benchmarks.load import Load, Result, build_request, compare, session_run
 
 MODELS = Path("models")
-SERVE = [str(Path(sys.executable).with_name("trefoil")), "serve", "--port", "0", "--models", str(MODELS)]
-ECHO = [sys.executable, "-m", "service.bench"]
+SERVE = [str(Path(sys.executable).with_name("tercet")), "serve", "--port", "0", "--models", str(MODELS)]
+ECHO = [sys.executable, "-m", "benchmarks.load"]
 
 
 def load(model: str, rows: int, requests: int, in_flight: int = 32) -> Load:
@@ -40,8 +40,8 @@ def say(number: int, what: str, found: str, bound: str) -> None:
 
 def cpu_beside_echo(number: int, model: str, rows: int, rounds: int) -> None:
     """Figures 1 to 3: CPU time a request beside a server that does nothing."""
-    found = compare({"trefoil": SERVE, "echo": ECHO}, load(model, rows, 5000), rounds)
-    ours, floor = found["trefoil"].cpu_us, found["echo"].cpu_us
+    found = compare({"tercet": SERVE, "echo": ECHO}, load(model, rows, 5000), rounds)
+    ours, floor = found["tercet"].cpu_us, found["echo"].cpu_us
     bound = 1.25 * floor + (1.1 * alone(model, 16).cpu_us / 16 if model == "mnist" else 0)
     say(number, f"{model}, {rows} rows, 32 in flight", f"{ours:.0f} us, echo {floor:.0f} ({ours / floor:.2f} x)", f"{bound:.0f} us")
 
@@ -49,7 +49,7 @@ def cpu_beside_echo(number: int, model: str, rows: int, rounds: int) -> None:
 def rows_beside_session(rounds: int) -> None:
     """Figure 4: throughput of large requests beside the bare engine; both before and after, as the machine's speed drifts."""
     before = alone("mnist", 256)
-    ours = compare({"trefoil": SERVE}, load("mnist", 256, 300), rounds)["trefoil"].requests_per_second
+    ours = compare({"tercet": SERVE}, load("mnist", 256, 300), rounds)["tercet"].requests_per_second
     floor = (before.requests_per_second + alone("mnist", 256).requests_per_second) / 2
     say(4, "mnist, 256 rows: rows/s", f"{ours * 256:.0f}, session.run {floor * 256:.0f} ({ours / floor:.2f} x)", "0.93 x")
 
@@ -70,7 +70,7 @@ def start_and_memory(rounds: int) -> None:
 
 def in_flight(rounds: int, counts: Sequence[int] = (1, 32, 1000)) -> None:
     """Figure 7: CPU time a request and latency, from one request in flight to a thousand."""
-    found = {count: compare({"trefoil": SERVE}, load("fizzbuzz", 1, 4000, count), rounds)["trefoil"] for count in counts}
+    found = {count: compare({"tercet": SERVE}, load("fizzbuzz", 1, 4000, count), rounds)["tercet"] for count in counts}
     cpu = ", ".join(f"{result.cpu_us:.0f}" for result in found.values())
     say(7, f"fizzbuzz, {' / '.join(map(str, counts))} in flight: CPU", f"{cpu} us", "within 15 % or falling")
     tail = ", ".join(f"{result.p50_ms:.2f} / {result.p99_ms:.2f}" for result in found.values())

@@ -20,17 +20,16 @@ from google.protobuf.empty_pb2 import Empty
 from grpc_health.v1 import health_pb2_grpc
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse, HealthListResponse
 from ray import serve
-
-from proto import diabetes_pb2_grpc, digits_pb2_grpc, fizzbuzz_pb2_grpc, inference_pb2_grpc
-from service.config import Config
-from service.errors import ModelNotFoundError, ModelRefusedError, StartupError, answers
-from service.metrics import Metrics
-from service.repository import Repository
-from service.servicers import Face, Readable
-from service.servicers.diabetes import DiabetesServicer
-from service.servicers.digits import DigitsServicer
-from service.servicers.fizzbuzz import FizzBuzzServicer
-from service.servicers.inference import InferenceServicer
+from tercet.errors import ModelNotFoundError, ModelRefusedError, StartupError, answers
+from tercet.proto import diabetes_pb2_grpc, digits_pb2_grpc, fizzbuzz_pb2_grpc, inference_pb2_grpc
+from tercet.server.config import Config
+from tercet.server.metrics import Metrics
+from tercet.server.repository import Repository
+from tercet.server.servicers import Face, Readable
+from tercet.server.servicers.diabetes import DiabetesServicer
+from tercet.server.servicers.digits import DigitsServicer
+from tercet.server.servicers.fizzbuzz import FizzBuzzServicer
+from tercet.server.servicers.inference import InferenceServicer
 
 
 class HealthServicer(Face, health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # it comes without types
@@ -67,7 +66,7 @@ FACES: dict[Callable[[Any, Any], None], type[Face]] = {
     fizzbuzz_pb2_grpc.add_FizzBuzzServicer_to_server: FizzBuzzServicer,
     health_pb2_grpc.add_HealthServicer_to_server: HealthServicer,
 }
-SETTINGS = {  # of `trefoil serve`; the others are Ray's matter
+SETTINGS = {  # of `tercet serve`; the others are Ray's matter
     *("models", "engine", "device", "threads", "require_signed", "watch"),
     *("max_request_rows", "max_batch_rows", "max_queue_rows", "max_delay", "queue_timeout"),
 }
@@ -193,4 +192,4 @@ def app(settings: dict[str, str]) -> serve.Application:
     if unknown := settings.keys() - SETTINGS:
         raise StartupError(f"{', '.join(sorted(unknown))}: not for Ray; there are {', '.join(sorted(SETTINGS))}")
     config = msgspec.convert(settings, Config, strict=False, dec_hook=lambda kind, value: kind(value))
-    return serve.deployment(Replica, name="trefoil", **REPLICAS).bind(replace(config, models=config.models.absolute()))
+    return serve.deployment(Replica, name="tercet", **REPLICAS).bind(replace(config, models=config.models.absolute()))

@@ -1,4 +1,4 @@
-"""Any model, by its tensors: `python examples/any_model.py [HOST:PORT]`, beside a service that `trefoil serve` has started."""
+"""Any model, by its tensors: `python examples/any_model.py [HOST:PORT]`, beside a service that `tercet serve` has started."""
 
 # %% [markdown]
 # # Any model
@@ -9,8 +9,7 @@
 import sys
 
 import numpy as np
-
-from service.client import Client
+from tercet.client import Client
 
 client = Client(sys.argv[1] if sys.argv[1:] else "127.0.0.1:8001")
 

@@ -1,4 +1,4 @@
-"""FizzBuzz as a stream: `python examples/counting.py [HOST:PORT]`, beside a service that `trefoil serve` has started."""
+"""FizzBuzz as a stream: `python examples/counting.py [HOST:PORT]`, beside a service that `tercet serve` has started."""
 
 # %% [markdown]
 # # FizzBuzz
@@ -9,7 +9,7 @@ import itertools
 import sys
 from collections.abc import Iterator
 
-from service.client import Client
+from tercet.client import Client
 
 client = Client(sys.argv[1] if sys.argv[1:] else "127.0.0.1:8001")
 print(*client.answer([1, 2, 3, 4, 5, 15]))

@@ -6,27 +6,26 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-
-from service.card import Card, read_card
-from service.client import MEASUREMENTS, Client
-from service.repository import find
+from tercet.card import Card, read_card
+from tercet.client import MEASUREMENTS, Client
+from tercet.server.repository import find
 
 MODELS = Path("models")
 
 
 def digits(client: Client, card: Card) -> list[str]:
-    """Ask trefoil.v1.Digits."""
+    """Ask tercet.v1.Digits."""
     return [str(answer.digit) for answer in client.classify(list(card.example_rows()))]
 
 
 def diabetes(client: Client, card: Card) -> list[str]:
-    """Ask trefoil.v1.Diabetes."""
+    """Ask tercet.v1.Diabetes."""
     rows = card.example_rows().tolist()
     return [answer.label for answer in client.assess([dict(zip(MEASUREMENTS, row, strict=True)) for row in rows])]
 
 
 def fizzbuzz(client: Client, card: Card) -> list[str]:
-    """Ask trefoil.v1.FizzBuzz."""
+    """Ask tercet.v1.FizzBuzz."""
     return ["number" if word.isdigit() else word for word in client.answer(card.example_rows().tolist())]
 
 
@@ -51,7 +50,7 @@ def show(client: Client, name: str) -> None:
 
 def main() -> int:
     """Run the demonstration; return the service's exit code."""
-    command = [str(Path(sys.executable).with_name("trefoil")), "serve", "--port", "0", "--models", str(MODELS)]
+    command = [str(Path(sys.executable).with_name("tercet")), "serve", "--port", "0", "--models", str(MODELS)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as service:  # noqa: S603  our own program
         line = service.stdout.readline().strip() if service.stdout else ""
         if not line:

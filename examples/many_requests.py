@@ -1,4 +1,4 @@
-"""Many requests at once: `python examples/many_requests.py [HOST:PORT]`, beside a service that `trefoil serve` has started."""
+"""Many requests at once: `python examples/many_requests.py [HOST:PORT]`, beside a service that `tercet serve` has started."""
 
 # %% [markdown]
 # # Many requests at once
@@ -12,8 +12,7 @@ from collections import Counter
 from collections.abc import AsyncIterator
 
 import grpc
-
-from service.client import AsyncClient
+from tercet.client import AsyncClient
 
 address = sys.argv[1] if sys.argv[1:] else "127.0.0.1:8001"
 

@@ -1,4 +1,4 @@
-"""Patients from a table: `python examples/patients.py [HOST:PORT]`, beside a service that `trefoil serve` has started."""
+"""Patients from a table: `python examples/patients.py [HOST:PORT]`, beside a service that `tercet serve` has started."""
 
 # %% [markdown]
 # # Patients
@@ -11,8 +11,7 @@ import sys
 from pathlib import Path
 
 import grpc
-
-from service.client import MEASUREMENTS, Client
+from tercet.client import MEASUREMENTS, Client
 
 client = Client(sys.argv[1] if sys.argv[1:] else "127.0.0.1:8001")
 print(*MEASUREMENTS)

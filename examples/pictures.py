@@ -1,4 +1,4 @@
-"""Pictures of digits: `python examples/pictures.py [HOST:PORT]`, beside a service that `trefoil serve` has started."""
+"""Pictures of digits: `python examples/pictures.py [HOST:PORT]`, beside a service that `tercet serve` has started."""
 
 # %% [markdown]
 # # Pictures
@@ -12,8 +12,7 @@ from pathlib import Path
 import grpc
 import numpy as np
 from PIL import Image, ImageDraw
-
-from service.client import Client
+from tercet.client import Client
 
 SEVEN = Path(__file__).with_name("seven.png")
 client = Client(sys.argv[1] if sys.argv[1:] else "127.0.0.1:8001")

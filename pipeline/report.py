@@ -31,7 +31,7 @@ OPTIMIZERS = ("sgd", "momentum", "rmsprop", "adam")  # experiments <model>-<name
 SHOWN = 40  # misread pictures at most
 INK, GREY = "#1a5fb4", "#9a9996"
 STYLE: Any = {
-    "svg.hashsalt": "trefoil",
+    "svg.hashsalt": "tercet",
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 9,

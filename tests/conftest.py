@@ -12,6 +12,7 @@ from pathlib import Path
 import grpc
 import pytest
 import yaml
+from filelock import FileLock
 
 REPOSITORY = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -51,20 +52,34 @@ def edit_params(workspace: Path, **changes: object) -> None:
 
 
 @pytest.fixture(scope="session")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A clone in which `dvc repro` has trained every model, MNIST briefly on the sample. Tests leave it as they found it."""
-    target = clone(tmp_path_factory.mktemp("trefoil"))
+def workspace(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """A clone in which `dvc repro` has trained every model, MNIST briefly on the sample. Tests leave it as they found it.
+
+    It is built once for all processes of pytest-xdist. TERCET_TEST_WORKSPACE names a folder in which it is kept for the next run.
+    """
+    base = tmp_path_factory.getbasetemp()
+    target = Path(os.environ.get("TERCET_TEST_WORKSPACE") or (base if worker_id == "master" else base.parent) / "trained")
+    with FileLock(f"{target}.lock"):
+        done = Path(f"{target}.done")
+        if not done.exists():
+            train_all(target)
+            done.touch()
+    return target
+
+
+def train_all(target: Path) -> None:
+    """Clone into `target` and train."""
+    clone(target)
     edit_params(target, mnist__prepare__data="sample", mnist__train__epochs=2, mnist__evaluate__gates={"sample": {"accuracy": 0.9}})
     edit_params(target, diabetes__cross_validate__repeats=1, diabetes__cross_validate__folds=3, diabetes__cross_validate__gates={})
     run("dvc", "repro", cwd=target)
     run("git", "add", "-A", cwd=target)
     run("git", "-c", "user.name=test", "-c", "user.email=test@localhost", "commit", "-qm", "trained", cwd=target)
-    return target
 
 
 @dataclass(frozen=True)
 class Service:
-    """A running `trefoil serve`."""
+    """A running `tercet serve`."""
 
     process: subprocess.Popen[str]
     address: str
@@ -73,8 +88,8 @@ class Service:
 
 @contextmanager
 def serving(models: Path, *flags: str, engine: str = "onnxruntime", **environment: str) -> Iterator[Service]:
-    """Start `trefoil serve` on a free port and stop it with SIGTERM; it must then exit with 0."""
-    command = [str(BIN / "trefoil"), "serve", "--port", "0", "--models", str(models), "--engine", engine, *flags]
+    """Start `tercet serve` on a free port and stop it with SIGTERM; it must then exit with 0."""
+    command = [str(BIN / "tercet"), "serve", "--port", "0", "--models", str(models), "--engine", engine, *flags]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment}) as process:
         assert process.stdout is not None
         first = process.stdout.readline()

@@ -5,9 +5,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+from tercet.proto import inference_pb2
 from tritonclient.grpc import model_config_pb2, service_pb2
 
-from proto import inference_pb2
 from proto.generate import generate
 from tests.conftest import REPOSITORY
 

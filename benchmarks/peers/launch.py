@@ -17,9 +17,8 @@ def announce(address: str, server: int) -> None:
     """Print the address when the server there is ready."""
     import grpc  # noqa: PLC0415  not in the process that becomes the server
     import psutil  # noqa: PLC0415
-
-    from proto import inference_pb2_grpc  # noqa: PLC0415
-    from proto.inference_pb2 import ServerReadyRequest  # noqa: PLC0415
+    from tercet.proto import inference_pb2_grpc  # noqa: PLC0415
+    from tercet.proto.inference_pb2 import ServerReadyRequest  # noqa: PLC0415
 
     options = [(f"grpc.{which}_reconnect_backoff_ms", 20) for which in ("initial", "min", "max")]
     stub = inference_pb2_grpc.GRPCInferenceServiceStub(grpc.insecure_channel(address, options=options))

@@ -1,4 +1,4 @@
-// Asks all three services: npm install && npm start HOST:PORT, beside a service that `trefoil serve` has started.
+// Asks all three services: npm install && npm start HOST:PORT, beside a service that `tercet serve` has started.
 import { readFileSync } from "node:fs";
 import { join } from "node:path";
 
@@ -12,7 +12,7 @@ import type { ProtoGrpcType as FizzBuzz } from "./generated/fizzbuzz";
 const examples = join(__dirname, "..", "..");
 const files = ["diabetes.proto", "digits.proto", "fizzbuzz.proto"];
 const definition = loadSync(files, { includeDirs: [join(examples, "..", "proto")], longs: String, keepCase: true, defaults: true });
-const { v1 } = (grpc.loadPackageDefinition(definition) as unknown as Diabetes & Digits & FizzBuzz).trefoil;
+const { v1 } = (grpc.loadPackageDefinition(definition) as unknown as Diabetes & Digits & FizzBuzz).tercet;
 const [address = "127.0.0.1:8001"] = process.argv.slice(2);
 const credentials = grpc.credentials.createInsecure();
 const options = { deadline: Date.now() + 30_000 };

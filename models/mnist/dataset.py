@@ -20,13 +20,13 @@ SAMPLE = {
     "mnist-5k-labels-idx1-ubyte": "e18e6fe44bbeb980f85a745210a0a269a8bb7b98201e0f223576115fd7d5dc6c",
 }
 SAMPLE_TEST_ROWS = 500  # the last tenth; classes are interleaved, so each has 50 of them
-MIRROR = "TREFOIL_MNIST_MIRROR"
+MIRROR = "TERCET_MNIST_MIRROR"
 
 
 def load(raw: Path, *, data: str) -> Dataset:
     """The full set when it can be had, else the sample, with a warning. `data` is `auto`, or demands `full` or `sample`.
 
-    Raises DataError when the full set is demanded or TREFOIL_MNIST_MIRROR is set, and a file cannot be had undamaged.
+    Raises DataError when the full set is demanded or TERCET_MNIST_MIRROR is set, and a file cannot be had undamaged.
     """
     if data not in ("auto", "full", "sample"):
         raise DataError(f"data: {data!r} is not known; use auto, full or sample")
@@ -48,7 +48,7 @@ def load(raw: Path, *, data: str) -> Dataset:
 
 
 def full(raw: Path) -> Dataset:
-    """The official files, from `raw`, from the mirror that TREFOIL_MNIST_MIRROR names, or from the public ones."""
+    """The official files, from `raw`, from the mirror that TERCET_MNIST_MIRROR names, or from the public ones."""
     chosen = mirrors()
     paths = {name: fetch(raw / name, sha256, chosen) for name, sha256 in FULL.items()}
     train_images, train_labels, test_images, test_labels = (idx(path.read_bytes()) for path in paths.values())

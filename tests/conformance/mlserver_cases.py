@@ -23,7 +23,7 @@ def main(address: str, folder: Path) -> None:
         stub = GRPCInferenceServiceStub(channel)
         check(stub.ServerLive(pb.ServerLiveRequest()).live, "server live")
         check(stub.ServerReady(pb.ServerReadyRequest()).ready, "server ready")
-        check(stub.ServerMetadata(pb.ServerMetadataRequest()).name == "trefoil", "server metadata")
+        check(stub.ServerMetadata(pb.ServerMetadataRequest()).name == "tercet", "server metadata")
         for path in sorted(folder.glob("*/card.json")):
             model(stub, json.loads(path.read_text()))
         names = [each.name for each in stub.RepositoryIndex(pb.RepositoryIndexRequest()).models]

@@ -11,7 +11,7 @@ import models
 from tests.conftest import REPOSITORY, Service, run
 
 HERE = Path(__file__).parent
-ENVIRONMENTS = Path(os.environ.get("TREFOIL_ENVIRONMENTS", REPOSITORY / "benchmarks/.environments"))
+ENVIRONMENTS = Path(os.environ.get("TERCET_ENVIRONMENTS", REPOSITORY / "benchmarks/.environments"))
 CASES = {"kserve": (3, 3), "mlserver": (10, 4)}  # how much each finds right of the service, and of each model
 
 

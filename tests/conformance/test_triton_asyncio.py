@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import tritonclient.grpc.aio as triton
+from tercet.card import read_card
 from tritonclient.utils import InferenceServerException
 
 import models
-from service.card import read_card
 from tests.conformance.test_triton_sync import tensor
 from tests.conftest import Service
 
@@ -32,7 +32,7 @@ def test_server_and_repository(service: Service) -> None:
     async def scenario(client: Any) -> None:
         assert await client.is_server_live()
         assert await client.is_server_ready()
-        assert (await client.get_server_metadata(as_json=True))["name"] == "trefoil"
+        assert (await client.get_server_metadata(as_json=True))["name"] == "tercet"
         index = await client.get_model_repository_index(as_json=True)
         assert [(each["name"], each["state"]) for each in index["models"]] == [(name, "READY") for name in models.names()]
         await client.load_model("fizzbuzz")

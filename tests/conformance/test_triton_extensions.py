@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
+from tercet.card import Card, read_card
 
-from service.card import Card, read_card
 from tests.conformance.test_triton_sync import tensor
 from tests.conftest import Service
 

@@ -9,10 +9,10 @@ import msgspec
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
+from tercet.card import Card, Feature, Rows, read_card
+from tercet.client import Client
 
 import models
-from service.card import Card, Feature, Rows, read_card
-from service.client import Client
 from tests.conftest import Service
 
 
@@ -34,7 +34,7 @@ def test_server(client: Any) -> None:
     """The server is live, ready, and has its name."""
     assert client.is_server_live()
     assert client.is_server_ready()
-    assert client.get_server_metadata().name == "trefoil"
+    assert client.get_server_metadata().name == "tercet"
 
 
 @pytest.mark.parametrize("name", models.names())

@@ -1,0 +1,497 @@
+"""Both clients: what they take, split, stream, try again, and how they fail; against a real service, or one that misbehaves."""
+
+import asyncio
+import inspect
+import io
+import itertools
+import pickle
+import sys
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from google.rpc.error_details_pb2 import BadRequest
+from grpc_health.v1.health import HealthServicer
+from grpc_health.v1.health_pb2 import HealthCheckResponse
+from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
+from grpc_status import rpc_status
+from PIL import Image
+from tercet.card import Card, read_card
+from tercet.client import AsyncClient, Client, Word
+from tercet.client import codecs as messages
+from tercet.client.codecs import CALLS, Digits, Face, Numbers, Patients, Tensors
+from tercet.proto.fizzbuzz_pb2 import AnswerRequest, AnswerResponse
+from tercet.proto.fizzbuzz_pb2_grpc import FizzBuzzServicer, add_FizzBuzzServicer_to_server
+from tercet.proto.inference_pb2 import DataType, ModelConfig, ModelConfigRequest, ModelConfigResponse, ModelInput
+from tercet.proto.inference_pb2_grpc import GRPCInferenceServiceServicer, add_GRPCInferenceServiceServicer_to_server
+
+from tests.conftest import REPOSITORY, Service, run, serving
+from tests.server.test_safety import issue
+
+LIMIT = 10  # rows of a request
+SERVING, NOT_SERVING = HealthCheckResponse.SERVING, HealthCheckResponse.NOT_SERVING
+SEVEN = REPOSITORY / "examples" / "seven.png"
+Kind = type[Client] | type[AsyncClient]
+both = pytest.mark.parametrize("kind", [Client, AsyncClient])
+
+
+@pytest.fixture(scope="module")
+def limited(workspace: Path) -> Iterator[Service]:
+    """A service that takes few rows at a time, and messages as large as any gRPC server does."""
+    with serving(workspace / "models", "--max-request-rows", str(LIMIT), "--max-message-bytes", str(4 * 2**20)) as running:
+        yield running
+
+
+def ask(kind: Kind, address: str, method: str, *arguments: Any, **options: Any) -> Any:
+    """What one method of a client of either kind gives; answers that come one by one as a list."""
+    if kind is Client:
+        with Client(address, **options) as client:
+            found = getattr(client, method)(*arguments)
+            return list(found) if isinstance(found, Iterator) else found
+
+    async def main() -> Any:
+        async with AsyncClient(address, **options) as client:
+            found = getattr(client, method)(*arguments)
+            return await found if inspect.isawaitable(found) else [each async for each in found]
+
+    return asyncio.run(main())
+
+
+def card(workspace: Path, name: str) -> Card:
+    """The card of a model."""
+    return read_card(workspace / "models" / name)
+
+
+@both
+@pytest.mark.parametrize("method", ["infer", "infer_each"])
+@pytest.mark.parametrize("name", ["mnist", "diabetes", "fizzbuzz"])
+def test_tensors_of_any_length(limited: Service, workspace: Path, kind: Kind, method: str, name: str) -> None:
+    """More rows than the service takes at a time are answered, each with its own answer, as one batch and as a stream."""
+    known = card(workspace, name)
+    rows, outputs = known.example_rows(), np.array([example.output for example in known.examples])
+    order = np.random.default_rng(0).integers(len(rows), size=3 * LIMIT + 1)
+    found = ask(kind, limited.address, method, name, rows[order])
+    np.testing.assert_allclose(found, outputs[order], rtol=0, atol=1e-5)
+
+
+@both
+@pytest.mark.parametrize("suffix", ["", "_each"])
+def test_typed_rows_of_any_length(limited: Service, workspace: Path, kind: Kind, suffix: str) -> None:
+    """Typed services too answer more rows than they take at a time, in order."""
+    images = card(workspace, "mnist").example_rows()
+    digits = [str(digit.digit) for digit in ask(kind, limited.address, f"classify{suffix}", itertools.chain(*[images] * 3))]
+    assert digits == [example.target for example in card(workspace, "mnist").examples] * 3
+    patients: list[dict[str, float | None]] = [{"glucose_mg_per_dl": float(60 + i), "age_years": None} for i in range(3 * LIMIT)]
+    found = ask(kind, limited.address, f"assess{suffix}", patients)
+    assert found == [ask(kind, limited.address, "assess", [{"glucose_mg_per_dl": 60.0 + i}])[0] for i in range(3 * LIMIT)]
+    assert len({each.probability for each in found}) > LIMIT
+    numbers = range(990, 1060)
+    said = ask(kind, limited.address, f"answer{suffix}", numbers)
+    assert said == ["fizz" * (number % 3 == 0) + "buzz" * (number % 5 == 0) or str(number) for number in numbers]
+    assert [word.model for word in said] == ["fizzbuzz" if number < 1024 else "fizzbuzz_any" for number in numbers]
+
+
+def noise(side: int) -> bytes:
+    """A PNG file that takes about side * side bytes."""
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side), np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
+@both
+def test_large_pictures(limited: Service, kind: Kind) -> None:
+    """A few pictures that are too much for one message together are answered; one that is too much alone is refused."""
+    large = noise(1000)
+    assert 5 * len(large) > 4 * 2**20
+    digits = ask(kind, limited.address, "classify", [large] * 4 + [SEVEN] + [large] * 2)
+    assert digits[4].digit == 7
+    assert digits[4] not in digits[:4]
+    assert digits[:4] + digits[5:] == [digits[0]] * 6
+    with pytest.raises(grpc.RpcError, match="larger than max"):
+        ask(kind, limited.address, "classify", [noise(2100)])
+
+
+@pytest.mark.parametrize(("most", "rows"), [(1, [1] * 9), (2, [2, 2, 1, 2, 2]), (100, [3, 1, 1, 2, 2])])
+def test_parts_are_as_large_as_may_be(monkeypatch: pytest.MonkeyPatch, most: int, rows: list[int]) -> None:
+    """A part ends when the next row would be one too many, or too many bytes; a row that is too large is alone."""
+    monkeypatch.setattr(messages, "PART_BYTES", 100)
+    files = [bytes(size) for size in (30, 30, 30, 30, 500, 20, 20, 90, 5)]
+    parts = Digits().split(files, most)
+    requests: list[Any] = [part.request for part in parts]
+    assert [image.encoded for request in requests for image in request.images] == files
+    assert [part.rows for part in parts] == rows
+    assert [part.start for part in parts] == [sum(rows[:i]) for i in range(len(rows))]
+
+
+WRONG: list[tuple[Face[Any, Any], Any, type[Exception], str]] = [
+    (Digits(), [np.zeros((28, 28), np.uint8), np.zeros((28, 28))], ValueError, r"images\[1\]: an array is \(28, 28\) uint8"),
+    (Digits(), [np.zeros((280, 280), np.uint8)], ValueError, r"images\[0\]: .* not \(280, 280\) uint8; give any other picture"),
+    (Digits(), [Image.new("CMYK", (28, 28))], ValueError, r"images\[0\]: .*; convert the image to RGB"),
+    (Digits(), [SEVEN, 7], TypeError, r"images\[1\]: 7 is no picture; give a path"),
+    (Digits(), ["nowhere.png"], OSError, "nowhere.png"),
+    (Patients(), [{}, {"age": 50}], ValueError, r"patients\[1\]: 'age' is no measurement; there are pregnancies"),
+    (Patients(), [{"age_years": "50"}], TypeError, r"patients\[0\].age_years: '50' is no number"),
+    (Patients(), {"age_years": 50}, TypeError, r"patients\[0\]: 'age_years' is no patient"),
+    (Numbers(), [1, 2.5], TypeError, r"numbers\[1\]: 2.5 is no whole number"),
+    (Numbers(), "15", TypeError, r"numbers\[0\]: '1' is no whole number"),
+    (Numbers(), [2**63], ValueError, r"numbers\[0\]: 9223372036854775808 has more than 64 bits"),
+]
+
+
+@pytest.mark.parametrize(("face", "rows", "error", "text"), WRONG)
+def test_values_that_cannot_be_sent(face: Face[Any, Any], rows: Any, error: type[Exception], text: str) -> None:
+    """Values of the wrong kind are refused by the client, which says what, which one, and what would be right."""
+    with pytest.raises(error, match=text):
+        face.split(rows, LIMIT)
+
+
+@pytest.mark.parametrize(
+    ("rows", "text"),
+    [
+        ([[1, 2]], r"inputs\[0\]: the shape is \[1, 2\]; \[-1, 2, 2\] is right"),
+        ([[[1, 2], [3, 4]], [[5, 256], [7, 8]]], r"inputs\[0\]\[1\]\[0\]\[1\]: 256 is no UINT8"),
+        ([[[1, 2], [3, 0.5]]], r"inputs\[0\]\[0\]\[1\]\[1\]: 0.5 is no UINT8"),
+        ([[[1, 2], [3, np.nan]]], r"inputs\[0\]\[0\]\[1\]\[1\]: nan is no UINT8"),
+        ([[["1", "2"], ["3", "4"]]], r"inputs\[0\]: .* are no numbers; UINT8 is right"),
+    ],
+)
+def test_numbers_that_cannot_be_sent(rows: Any, text: str) -> None:
+    """Numbers that the model's datatype does not have, and other shapes than the model's, are refused, in a batch or alone."""
+    face = Tensors(ModelConfig(name="tiny", input=[ModelInput(name="x", data_type=DataType.TYPE_UINT8, dims=[2, 2])]))
+    with pytest.raises(ValueError, match=text):
+        face.split(rows, LIMIT)
+    with pytest.raises(ValueError, match=r"^inputs\[0\]\["):
+        list(messages.split(face, rows, LIMIT))
+
+
+@both
+@pytest.mark.parametrize(
+    ("method", "arguments", "field"),
+    [
+        ("assess", ([{}] * 14 + [{"age_years": -1}],), "patients[14].age_years"),
+        ("assess_each", ([{}] * 14 + [{"age_years": -1}],), "patients[14].age_years"),
+        ("classify", ([SEVEN] * 14 + [b"no picture"],), "images[14].encoded"),
+        ("infer", ("fizzbuzz", [1] * 14 + [1024]), "inputs[0][14].number"),
+        ("infer", ("fizzbuzz", [1] * 4 + [1024] * 20), "inputs[0][4].number"),
+    ],
+)
+def test_errors_name_the_callers_row(limited: Service, kind: Kind, method: str, arguments: Any, field: str) -> None:
+    """What is wrong with a row is told with its place in the whole batch or stream, to a person and to a program."""
+    with pytest.raises(grpc.RpcError) as caught:
+        ask(kind, limited.address, method, *arguments)
+    error: Any = caught.value
+    assert error.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert error.details().startswith(f"{field}: ")
+    status = rpc_status.from_call(error)
+    request = BadRequest()
+    assert status.message == error.details()
+    assert status.details[0].Unpack(request)
+    assert [violation.field for violation in request.field_violations] == [field]
+    assert "in a call with" in error.__notes__[0]
+
+
+@both
+def test_an_empty_batch_is_refused_by_the_service(limited: Service, kind: Kind) -> None:
+    """A batch without rows is INVALID_ARGUMENT, whoever counts; a stream without rows has no answers."""
+    for method, arguments in (("answer", ([],)), ("classify", ([],)), ("infer", ("fizzbuzz", np.array([], np.int64)))):
+        with pytest.raises(grpc.RpcError, match="0 rows"):
+            ask(kind, limited.address, method, *arguments)
+    assert ask(kind, limited.address, "answer_each", []) == []
+
+
+def turned(path: Path) -> Path:
+    """The picture of a seven as a camera that was held sideways writes it: the pixels lie, EXIF says how."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn it by 90° to see it
+    with Image.open(SEVEN) as seven:
+        seven.convert("L").resize((300, 300)).transpose(Image.Transpose.ROTATE_90).save(path, "JPEG", exif=exif)
+    return path
+
+
+@both
+def test_every_kind_of_picture(limited: Service, tmp_path: Path, kind: Kind) -> None:
+    """A path, its text, the file's bytes and what PIL opens are read alike; pixels of MNIST's form as the file that has them."""
+    camera = turned(tmp_path / "camera.jpg")
+    with Image.open(SEVEN) as opened, Image.open(camera) as sideways:
+        pictures = [opened, opened.convert("RGBA"), opened.convert("P"), sideways]
+        found = ask(kind, limited.address, "classify", [SEVEN, str(SEVEN), SEVEN.read_bytes(), camera, *pictures])
+    assert {digit.digit for digit in found} == {7}
+    assert found[0] == found[1] == found[2] == found[4]
+    np.testing.assert_allclose(found[3].probabilities, found[-1].probabilities, atol=0.01)
+    pixels = np.zeros((28, 28), np.uint8)
+    pixels[4:24, 13:15] = 255
+    one, same = ask(kind, limited.address, "classify", [pixels, Image.fromarray(pixels)])
+    assert (one.digit, one) == (1, same)
+
+
+def test_pil_is_not_needed(limited: Service, tmp_path: Path) -> None:
+    """Where PIL is not installed the client sends paths and arrays."""
+    (tmp_path / "PIL.py").write_text("raise ImportError('not installed')\n")
+    program = f"""
+import numpy as np
+from tercet.client import Client
+with Client("{limited.address}") as client:
+    print(client.classify(["{SEVEN}", np.eye(28, dtype=np.uint8) * 255])[0].digit)
+"""
+    assert run(sys.executable, "-c", program, cwd=tmp_path, PYTHONPATH=f"{tmp_path}:{REPOSITORY}").stdout == "7\n"
+
+
+def test_words_are_text() -> None:
+    """A word is equal to its text, and keeps its model when it goes to another process."""
+    word = pickle.loads(pickle.dumps(Word("fizz", "fizzbuzz")))  # noqa: S301  our own
+    assert (word, word.model, f"{word}!") == ("fizz", "fizzbuzz", "fizz!")
+
+
+@both
+def test_counts_say_who_speaks(limited: Service, kind: Kind) -> None:
+    """A count gives numbers, words, and with each word the model that says so."""
+    found = ask(kind, limited.address, "count", 1022, 1025)
+    assert found == [(1022, "1022"), (1023, "fizz"), (1024, "1024"), (1025, "buzz")]
+    assert [word.model for _, word in found] == ["fizzbuzz"] * 2 + ["fizzbuzz_any"] * 2
+
+
+@both
+def test_health(limited: Service, kind: Kind) -> None:
+    """Health is that of the whole service or of a model."""
+    assert ask(kind, limited.address, "health") == ask(kind, limited.address, "health", "mnist") == "SERVING"
+
+
+class Numbered:
+    """Numbers without an end; `read` have been asked for."""
+
+    def __init__(self) -> None:
+        self.read = 0
+
+    def __iter__(self) -> Iterator[int]:
+        while True:
+            self.read += 1
+            yield self.read
+
+    async def awaited(self) -> AsyncIterator[int]:
+        """The same, for whom waits."""
+        for number in self:
+            await asyncio.sleep(0)
+            yield number
+
+
+@pytest.mark.parametrize("ahead", [1, 2, 7, 20, 1000])
+@pytest.mark.parametrize("source", [None, iter, Numbered.awaited])
+def test_a_slow_consumer_holds_the_producer_back(limited: Service, ahead: int, source: Callable[[Numbered], Any] | None) -> None:
+    """At no time have more than `ahead` rows been read beyond the answers that were taken, of however many there are."""
+    numbers, gaps, taken = Numbered(), list[int](), 5 * LIMIT
+
+    def take(word: Word) -> bool:
+        gaps.append(numbers.read - len(gaps))
+        assert word == ("fizz" * (len(gaps) % 3 == 0) + "buzz" * (len(gaps) % 5 == 0) or str(len(gaps)))
+        return len(gaps) == taken
+
+    async def main(rows: Any) -> None:
+        async with AsyncClient(limited.address) as client:
+            async for word in client.answer_each(rows, ahead=ahead):
+                if take(word):
+                    break
+
+    if source:
+        asyncio.run(main(source(numbers)))
+    else:
+        with Client(limited.address) as client:
+            next(word for word in client.answer_each(numbers, ahead=ahead) if take(word))
+    assert max(gaps) <= ahead
+    assert max(gaps) == min(ahead // CALLS * CALLS or 1, CALLS * LIMIT)  # and no fewer than give the service something to do
+
+
+class Unsteady(FizzBuzzServicer, GRPCInferenceServiceServicer):
+    """Repeats numbers as words; `answer` is called with each request first, and may fail."""
+
+    def __init__(self, answer: Callable[[AnswerRequest, Any], object], limit: int = LIMIT) -> None:
+        self.answer, self.limit, self.asked, self.calls = answer, limit, 0, 0
+        self.health = HealthServicer()
+        self.health.set("", SERVING)
+
+    def ModelConfig(self, request: ModelConfigRequest, _context: Any) -> ModelConfigResponse:  # noqa: N802
+        """A limit of rows."""
+        self.asked += 1
+        return ModelConfigResponse(config=ModelConfig(name=request.name, max_batch_size=self.limit))
+
+    def Answer(self, request: AnswerRequest, context: Any) -> AnswerResponse:  # noqa: N802
+        """The numbers."""
+        self.calls += 1
+        if len(request.numbers) > self.limit:
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, "too many rows")
+        self.answer(request, context)
+        return AnswerResponse(words=map(str, request.numbers), models=["x"] * len(request.numbers))
+
+
+@contextmanager
+def running(servicer: Unsteady) -> Iterator[str]:
+    """Its address."""
+    with ThreadPoolExecutor(16) as threads:
+        server = grpc.server(threads)
+        add_FizzBuzzServicer_to_server(servicer, server)
+        add_GRPCInferenceServiceServicer_to_server(servicer, server)
+        add_HealthServicer_to_server(servicer.health, server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        server.start()
+        try:
+            yield f"127.0.0.1:{port}"
+        finally:
+            server.stop(0).wait()
+
+
+@both
+@pytest.mark.parametrize("method", ["answer", "answer_each"])
+def test_unavailable_is_tried_again(kind: Kind, method: str) -> None:
+    """Calls that fail with UNAVAILABLE are made again, without a word of ours, and so are the parts of a batch or a stream."""
+    failures = iter([True, True])
+
+    def answer(_: AnswerRequest, context: Any) -> None:
+        if next(failures, False):
+            context.abort(grpc.StatusCode.UNAVAILABLE, "not now")
+
+    with running(servicer := Unsteady(answer)) as address:
+        assert ask(kind, address, method, range(3 * LIMIT)) == [str(number) for number in range(3 * LIMIT)]
+    assert servicer.calls == 3 + 2
+
+
+@both
+def test_balanced(kind: Kind) -> None:
+    """Calls are spread over all services that the address names, but for one whose health is not SERVING."""
+    services = [Unsteady(lambda *_: None) for _ in range(2)]
+    with running(services[0]) as one, running(services[1]) as other:
+
+        def calls() -> list[int]:
+            before = [service.calls for service in services]
+            ask(kind, f"ipv4:{one},{other}", "answer", range(4 * LIMIT), balanced=True)
+            return [service.calls - already for service, already in zip(services, before, strict=True)]
+
+        for well, found in ((0, [4, 0]), (1, [0, 4])):
+            services[well].health.set("", SERVING)
+            services[1 - well].health.set("", NOT_SERVING)
+            assert calls() == found
+        services[0].health.set("", SERVING)
+        while 0 in calls():  # a service that is not connected yet gets none
+            pass
+
+
+@both
+def test_deadline(kind: Kind) -> None:
+    """A call that is not answered in time ends with DEADLINE_EXCEEDED."""
+    over = threading.Event()
+    with running(Unsteady(lambda *_: over.wait(60))) as address:
+        with pytest.raises(grpc.RpcError, match="DEADLINE_EXCEEDED"):
+            ask(kind, address, "answer", [1], timeout=0.3)
+        over.set()
+
+
+@both
+def test_parts_go_together_but_not_all_at_once(kind: Kind) -> None:
+    """CALLS parts of a batch are in flight at a time, no more and no fewer."""
+    barrier, lock, present = threading.Barrier(CALLS, timeout=60), threading.Lock(), []
+    most = 0
+
+    def answer(request: AnswerRequest, _: Any) -> None:
+        nonlocal most
+        with lock:
+            present.append(request)
+            most = max(most, len(present))
+        barrier.wait()
+        with lock:
+            present.remove(request)
+
+    with running(Unsteady(answer)) as address:
+        assert len(ask(kind, address, "answer", range(6 * CALLS * LIMIT))) == 6 * CALLS * LIMIT
+    assert most == CALLS
+
+
+@both
+def test_who_leaves_a_stream_cancels_its_calls(kind: Kind) -> None:
+    """When the consumer goes, the call that is in flight is cancelled, and no more rows are read."""
+    begun, cancelled, numbers = threading.Event(), threading.Event(), Numbered()
+
+    def answer(request: AnswerRequest, context: Any) -> None:
+        if request.numbers[0] > 1:
+            context.add_callback(cancelled.set)
+            begun.set()
+            cancelled.wait(60)
+
+    async def main() -> None:
+        async with AsyncClient(address) as client:
+            async for _ in client.answer_each(numbers, ahead=2):
+                await asyncio.to_thread(begun.wait, 60)
+                break
+            assert await asyncio.to_thread(cancelled.wait, 60)
+
+    with running(Unsteady(answer)) as address:
+        if kind is AsyncClient:
+            asyncio.run(main())
+        else:
+            with Client(address) as client:
+                with closing(client.answer_each(numbers, ahead=2)) as words:  # type: ignore[type-var]  # a generator
+                    next(words)
+                    assert begun.wait(60)
+                assert cancelled.wait(60)
+    assert numbers.read == 2
+
+
+@both
+def test_the_limit_is_asked_for_once(kind: Kind) -> None:
+    """However many calls there are, and however many at once, a client asks for a model's limit once."""
+
+    async def main() -> None:
+        async with AsyncClient(address) as client:
+            await asyncio.gather(*(client.answer([number]) for number in range(20)))
+
+    with running(servicer := Unsteady(lambda *_: None)) as address:
+        if kind is AsyncClient:
+            asyncio.run(main())
+        else:
+            with Client(address) as client, ThreadPoolExecutor(4) as threads:
+                list(threads.map(client.answer, [[number] for number in range(20)]))
+    assert (servicer.asked, servicer.calls) == (1, 20)
+
+
+@both
+def test_a_limit_that_has_changed_is_asked_for_again(kind: Kind) -> None:
+    """Where the service has started anew with a lower limit, one call fails, and the next one is split as it wants."""
+
+    async def main() -> None:
+        async with AsyncClient(address) as client:
+            assert len(await client.answer(range(LIMIT))) == LIMIT
+            servicer.limit = 3
+            with pytest.raises(grpc.RpcError, match="too many rows"):
+                await client.answer(range(LIMIT))
+            assert len(await client.answer(range(LIMIT))) == LIMIT
+
+    with running(servicer := Unsteady(lambda *_: None)) as address:
+        if kind is AsyncClient:
+            asyncio.run(main())
+        else:
+            with Client(address) as client:
+                assert len(client.answer(range(LIMIT))) == LIMIT
+                servicer.limit = 3
+                with pytest.raises(grpc.RpcError, match="too many rows"):
+                    client.answer(range(LIMIT))
+                assert len(client.answer(range(LIMIT))) == LIMIT
+
+
+@both
+def test_tls_and_token(workspace: Path, tmp_path: Path, kind: Kind) -> None:
+    """Both clients speak TLS with a token, and neither without."""
+    authority = issue("authority")
+    authority.write(tmp_path, "ca")
+    certificate, key = issue("service", authority).write(tmp_path, "service")
+    (tmp_path / "tokens").write_text("secret\n")
+    flags = ("--tls-certificate", certificate, "--tls-key", key, "--token-file", tmp_path / "tokens")
+    with serving(workspace / "models", *map(str, flags)) as service:
+        safe: dict[str, Any] = {"tls_ca": tmp_path / "ca.pem", "timeout": 20}
+        assert ask(kind, service.address, "answer", [15], token="secret", **safe) == ["fizzbuzz"]  # noqa: S106
+        with pytest.raises(grpc.RpcError, match="UNAUTHENTICATED"):
+            ask(kind, service.address, "answer", [15], **safe)
+    with pytest.raises(ValueError, match="go together"):
+        ask(kind, "127.0.0.1:1", "health", tls_certificate=certificate)

@@ -1,0 +1,129 @@
+"""Pictures as people have them, to pixels as MNIST has them."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+from tercet.card import Rows
+from tercet.errors import InvalidInputError
+from tercet.server.images import BOX, MAX_PIXELS, PAPER, SIDE, decode_image
+
+
+def encoded(picture: Image.Image, kind: str = "PNG") -> bytes:
+    """The bytes of a picture's file."""
+    file = io.BytesIO()
+    picture.save(file, kind)
+    return file.getvalue()
+
+
+def four(width: int = 120, height: int = 180, *, mode: str = "L", paper: object = 255, ink: object = 0) -> Image.Image:
+    """A 4, drawn out of the middle, with strokes a tenth of the picture wide."""
+    picture = Image.new(mode, (width, height), paper)  # type: ignore[arg-type]
+    corners = [(0.5, 0.1), (0.1, 0.5), (0.6, 0.5), (0.5, 0.1), (0.5, 0.8)]
+    ImageDraw.Draw(picture).line([(x * width, y * height) for x, y in corners], fill=ink, width=width // 10)  # type: ignore[arg-type]
+    return picture
+
+
+def pixels(content: bytes) -> Rows:
+    """What is read from a file, as signed numbers."""
+    rows = decode_image(content, "image")
+    assert rows.shape == (SIDE, SIDE)
+    assert rows.dtype == np.uint8
+    return rows.astype(int)
+
+
+def transparent() -> Image.Image:
+    """Black ink on nothing, whose hidden colour is black too."""
+    return four(mode="RGBA", paper=(0, 0, 0, 0), ink=(0, 0, 0, 255))
+
+
+def sideways() -> bytes:
+    """A photo that was taken with the camera turned, as its EXIF data tell."""
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6  # orientation: turn by 90 degrees to see it upright
+    four().transpose(Image.Transpose.ROTATE_90).save(file, "JPEG", exif=exif, quality=95)
+    return file.getvalue()
+
+
+SAME = {
+    "light on dark": encoded(four(paper=0, ink=255)),
+    "grey": encoded(four(paper=230, ink=0)),
+    "rgb": encoded(four(mode="RGB", paper="white", ink="black")),
+    "bilevel": encoded(four(mode="1", paper=1, ink=0)),
+    "16 bits": encoded(four(mode="I;16", paper=60_000, ink=2_000)),
+    "palette": encoded(four().quantize(2)),
+    "transparent": encoded(transparent()),
+    "transparent palette": encoded(transparent().quantize(2)),
+    "jpeg": encoded(four(), "JPEG"),
+    "cmyk": encoded(four(mode="CMYK", paper=(0, 0, 0, 0), ink=(0, 0, 0, 255)), "JPEG"),
+    "exif": sideways(),
+    "small": encoded(four(60, 90)),
+    "large": encoded(four(1200, 1800)),
+}
+
+
+@pytest.mark.parametrize("case", SAME)
+def test_same_digit_however_it_is_kept(case: str) -> None:
+    """Colours, transparency, format, orientation and size of a picture change next to nothing in what is read."""
+    expected = pixels(encoded(four()))
+    assert np.corrcoef(expected.ravel(), pixels(SAME[case]).ravel())[0, 1] > 0.95
+
+
+@pytest.mark.parametrize("turn", [None, *Image.Transpose])
+@pytest.mark.parametrize(("width", "height"), [(120, 180), (300, 60), (40, 400)])
+def test_centred(width: int, height: int, turn: Image.Transpose | None) -> None:
+    """The ink ends as high or as wide as the box, with its centre of mass within half a pixel of the middle."""
+    picture = four(width, height)
+    rows = pixels(encoded(picture if turn is None else picture.transpose(turn)))
+    assert max(np.ptp(np.flatnonzero((rows > PAPER).any(axis=axis))) + 1 for axis in (0, 1)) in (BOX - 1, BOX)
+    for axis in (0, 1):
+        centre = rows.sum(axis=1 - axis) @ (np.arange(SIDE) + 0.5) / rows.sum()
+        assert abs(centre - SIDE / 2) <= 0.5
+
+
+@pytest.mark.parametrize("invert", [False, True])
+def test_kept_as_it_is(*, invert: bool) -> None:
+    """A picture of 28 x 28 pixels is not moved or scaled; only its polarity is set right."""
+    field = np.zeros((SIDE, SIDE), np.uint8)
+    field[3:9, 5:20] = np.arange(100, 190).reshape(6, 15)
+    np.testing.assert_array_equal(pixels(encoded(Image.fromarray(255 - field if invert else field))), field)
+
+
+def bomb(width: int, height: int, colour: int = 0) -> bytes:
+    """A PNG that claims a size and has no pixels at all: reading them is an error of another text."""
+    header = struct.pack(">IIBBBBB", width, height, 8, colour, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")]
+    parts = [struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+NOISE = np.random.default_rng(0).integers(255 - PAPER, 256, (40, 40), np.uint8)
+UNREADABLE, TOO_LARGE, BLANK = "no readable PNG or JPEG", f"{MAX_PIXELS} are read", "blank"
+NO_DIGIT = {
+    "nothing": (b"", UNREADABLE),
+    "text": (b"a text file\n", UNREADABLE),
+    "cut PNG": (encoded(four())[:-40], UNREADABLE),
+    "cut JPEG": (encoded(four(), "JPEG")[:400], UNREADABLE),
+    "gif": (encoded(four(), "GIF"), UNREADABLE),
+    "no pixels": (bomb(SIDE, SIDE), UNREADABLE),
+    "no palette": (bomb(SIDE, SIDE, 3), UNREADABLE),
+    "too large": (bomb(MAX_PIXELS + 1, 1), TOO_LARGE),
+    "very large": (bomb(10_000, 10_000), TOO_LARGE),
+    "bomb": (bomb(60_000, 60_000), TOO_LARGE),
+    "white": (encoded(Image.new("L", (50, 50), 255)), BLANK),
+    "black": (encoded(Image.new("L", (SIDE, SIDE), 0)), BLANK),
+    "all transparent": (encoded(Image.new("RGBA", (50, 50), (0, 0, 0, 0))), BLANK),
+    "noise": (encoded(Image.fromarray(NOISE)), BLANK),
+}
+
+
+@pytest.mark.parametrize("case", NO_DIGIT)
+def test_no_digit(case: str) -> None:
+    """What is no picture, too large (told from its header alone) or blank is refused with the field, and what would be right."""
+    content, text = NO_DIGIT[case]
+    with pytest.raises(InvalidInputError, match=text) as caught:
+        decode_image(content, "images[3].encoded")
+    assert caught.value.field == "images[3].encoded"

@@ -1,0 +1,147 @@
+"""What Prometheus is told: it is counted right, whatever the number of workers."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+import grpc
+import psutil
+import pytest
+import yaml
+from prometheus_client.parser import text_string_to_metric_families
+from tercet.client import Client
+
+from tests.conftest import BIN, REPOSITORY, Service, run, serving
+
+Scrape = Callable[[], dict[str, float]]
+
+
+def scraper(service: Service) -> Scrape:
+    """What the second line of a service's output leads to: every sample by its name and labels, as Prometheus writes them."""
+    assert service.process.stdout is not None
+    url = service.process.stdout.readline().split(" at ")[1].strip()
+
+    def scrape() -> dict[str, float]:
+        with urllib.request.urlopen(url) as response:  # noqa: S310  our own
+            families = text_string_to_metric_families(response.read().decode())
+            samples = [sample for family in families for sample in family.samples]
+        return {
+            " ".join([name, *(f"{key}={value}" for key, value in sorted(labels.items()))]): v for name, labels, v, *_ in samples
+        }
+
+    return scrape
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_calls_and_failures_are_counted(workspace: Path, workers: str) -> None:
+    """Requests, rows and batches add up, failures by their code, over all workers."""
+    with serving(workspace / "models", "--metrics-port", "0", "--workers", workers) as service:
+        scrape = scraper(service)
+        for _ in range(6):
+            with Client(service.address) as client:  # each connection may reach another worker
+                client.answer([3, 5])
+                client.infer("fizzbuzz", [1, 2, 3])
+                with pytest.raises(grpc.RpcError):
+                    client.answer([])
+                with pytest.raises(grpc.RpcError):
+                    client.infer("nosuch", [1])
+        found = scrape()
+    assert found["tercet_request_seconds_count method=Answer"] == 6
+    assert found["tercet_request_seconds_count method=ModelInfer"] == 6
+    assert found["tercet_failures_total code=INVALID_ARGUMENT method=Answer"] == 6
+    assert found["tercet_failures_total code=NOT_FOUND method=ModelConfig"] == 6
+    assert found["tercet_queue_seconds_count model=fizzbuzz"] == 12
+    assert found["tercet_batch_rows_count model=fizzbuzz"] == found["tercet_compute_seconds_count model=fizzbuzz"] == 12
+    assert found["tercet_batch_rows_sum model=fizzbuzz"] == 30
+    assert 0 < found["tercet_compute_seconds_sum model=fizzbuzz"] < found["tercet_request_seconds_sum method=Answer"] * 10
+    assert found["tercet_queue_rows model=fizzbuzz"] == 0
+
+
+def test_a_dead_worker_leaves_its_counts(workspace: Path) -> None:
+    """What a killed worker counted stays in the sums, and its replacement is counted."""
+    with serving(workspace / "models", "--metrics-port", "0", "--workers", "2") as service:
+        scrape = scraper(service)
+        with Client(service.address) as client:
+            client.answer([3])
+        for worker in psutil.Process(service.process.pid).children():
+            os.kill(worker.pid, signal.SIGKILL)
+        while (found := scrape())["tercet_worker_restarts_total"] < 2:
+            pass
+    assert found["tercet_request_seconds_count method=Answer"] == 1
+
+
+def test_every_metric_is_described(workspace: Path) -> None:
+    """docs/metrics.md names what is told, and nothing else."""
+    described = set(re.findall(r"^\| `(\w+)`", (REPOSITORY / "docs/metrics.md").read_text(), flags=re.MULTILINE))
+    with serving(workspace / "models", "--metrics-port", "0", "--workers", "2") as service:
+        scrape = scraper(service)
+        with Client(service.address) as client:
+            client.answer([3])
+            with pytest.raises(grpc.RpcError):
+                client.answer([])
+        told = {re.sub(r"_(count|sum|bucket|created)$", "", name.partition(" ")[0]) for name in scrape()}
+    assert {name for name in told if name != "tercet_worker_restarts"} == described
+
+
+def test_a_taken_port_is_named(workspace: Path) -> None:
+    """The service does not start without the metrics that it was told to give."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        command = [str(BIN / "tercet"), "serve", "--port", "0", "--metrics-port", port]
+        ended = run(*command, cwd=workspace, check=False)
+    assert ended.returncode == 1
+    assert f"metrics: cannot listen on 127.0.0.1:{port}: address already in use; choose another" in ended.stdout
+
+
+def expressions() -> list[str]:
+    """The queries of the Grafana dashboard, and of the rule that the Kubernetes autoscaler needs."""
+    dashboard = json.loads((REPOSITORY / "docs/grafana-dashboard.json").read_text())
+    rules = yaml.safe_load((REPOSITORY / "deploy/kubernetes/monitoring/adapter-values.yaml").read_text())["rules"]["custom"]
+    for_autoscaler = [
+        re.sub("<<.LabelMatchers>>", 'pod="a"', re.sub("<<.GroupBy>>", "pod", rule["metricsQuery"])) for rule in rules
+    ]
+    return [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]] + for_autoscaler
+
+
+def test_the_dashboard_shows_what_is_described() -> None:
+    """Every query names metrics of docs/metrics.md only, and every metric there is in a query."""
+    described = set(re.findall(r"^\| `(\w+)`", (REPOSITORY / "docs/metrics.md").read_text(), flags=re.MULTILINE))
+    shown = {re.sub(r"_(count|sum|bucket)$", "", name) for query in expressions() for name in re.findall(r"tercet_\w+", query)}
+    assert shown == described
+
+
+def test_promtool_accepts_every_query(tmp_path: Path) -> None:
+    """Every query is one that Prometheus understands."""
+    if not (promtool := shutil.which("promtool")):
+        pytest.skip("promtool is not installed; Debian's package prometheus has it")
+    queries = [query.replace("$__rate_interval", "1m") for query in expressions()]
+    rules = [{"record": f"query_{index}", "expr": query} for index, query in enumerate(queries)]
+    (tmp_path / "rules.yaml").write_text(yaml.safe_dump({"groups": [{"name": "dashboard", "rules": rules}]}))
+    assert (
+        f"SUCCESS: {len(rules)} rules found" in run(promtool, "check", "rules", str(tmp_path / "rules.yaml"), cwd=tmp_path).stdout
+    )
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_promtool_has_no_complaint(workspace: Path, workers: str) -> None:
+    """What Prometheus is told is well formed and named as it wants names to be."""
+    if not (promtool := shutil.which("promtool")):
+        pytest.skip("promtool is not installed; Debian's package prometheus has it")
+    with serving(workspace / "models", "--metrics-port", "0", "--workers", workers) as service:
+        assert service.process.stdout is not None
+        url = service.process.stdout.readline().split(" at ")[1].strip()
+        with Client(service.address) as client:
+            client.answer([3])
+            with pytest.raises(grpc.RpcError):
+                client.infer("nosuch", [1])
+        with urllib.request.urlopen(url) as response:  # noqa: S310  our own
+            told = response.read().decode()
+    done = subprocess.run([promtool, "check", "metrics"], input=told, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -1,0 +1,270 @@
+"""ModelStreamInfer: many requests over one call, answered in order, errors in band."""
+
+import asyncio
+import queue
+import re
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import grpc
+import numpy as np
+import pytest
+import tritonclient.grpc as triton
+from tercet.card import Card, Rows, read_card
+from tercet.proto.inference_pb2 import ModelInferRequest, ModelInferResponse
+from tercet.proto.inference_pb2_grpc import GRPCInferenceServiceStub
+from tercet.server.app import Server
+from tercet.server.config import Config
+from tercet.server.engine import Pace
+from tercet.server.servicers.inference import STREAM_WINDOW, InferenceServicer
+
+import models
+from benchmarks.load import build_request
+from tests.conftest import Service
+
+pytestmark = pytest.mark.timeout(120)
+
+
+@pytest.fixture
+def cards(workspace: Path) -> list[Card]:
+    """The card of each model."""
+    return [read_card(workspace / "models" / name) for name in models.names()]
+
+
+@pytest.fixture
+def stub(default_service: Service) -> Iterator[Any]:
+    """The service, as grpc shows it."""
+    with grpc.insecure_channel(default_service.address) as channel:
+        yield GRPCInferenceServiceStub(channel)
+
+
+def numbered(card: Card, rows: int, number: int) -> ModelInferRequest:
+    """A request with an id."""
+    request = build_request(card, rows)
+    request.id = f"id {number}"
+    return request
+
+
+def numbers(response: ModelInferResponse) -> Rows:
+    """The output of a response, flat."""
+    return np.frombuffer(response.raw_output_contents[0], "<f4")
+
+
+def test_answers_come_in_order(stub: Any, cards: list[Card]) -> None:
+    """More requests than are answered at a time, for all models and of many sizes, get what ModelInfer gives, in their order."""
+    requests = [numbered(cards[i % len(cards)], 1 + i * 7 % 50, i) for i in range(3 * STREAM_WINDOW)]
+    responses = list(stub.ModelStreamInfer(iter(requests)))
+    assert [response.infer_response.id for response in responses] == [request.id for request in requests]
+    for request, response in zip(requests, responses, strict=True):
+        assert response.error_message == ""
+        streamed, alone = response.infer_response, stub.ModelInfer(request)
+        np.testing.assert_allclose(numbers(streamed), numbers(alone), rtol=0, atol=1e-6)
+        for answer in (streamed, alone):
+            answer.ClearField("raw_output_contents")
+        assert streamed == alone
+
+
+def test_errors_stay_in_band(stub: Any, cards: list[Card]) -> None:
+    """What is wrong with one request is said under its id, as ModelInfer says it, and the stream goes on."""
+    requests = [numbered(cards[0], 2, i) for i in range(6)]
+    requests[1].model_name = "nope"
+    requests[2].inputs[0].shape[0] = 3
+    requests[4].model_version = "nope"
+    responses = list(stub.ModelStreamInfer(iter(requests)))
+    assert [response.infer_response.id for response in responses] == [request.id for request in requests]
+    for request, response in zip(requests, responses, strict=True):
+        _, alone = stub.ModelInfer.with_call(request) if not response.error_message else (None, stub.ModelInfer.future(request))
+        assert response.error_message == alone.details()
+    assert [bool(response.error_message) for response in responses] == [False, True, True, False, True, False]
+
+
+def test_tritonclient(default_service: Service, cards: list[Card]) -> None:
+    """NVIDIA's client streams: results carry their ids, an error is raised for its request, and what follows is answered."""
+    card, got = cards[0], queue.Queue[tuple[Any, Any]]()
+    tensor = triton.InferInput(card.input.name, [2, *card.input.shape], card.input.datatype)
+    tensor.set_data_from_numpy(np.resize(card.example_rows(), (2, *card.input.shape)))
+    with triton.InferenceServerClient(default_service.address) as client:
+        expected = client.infer(card.name, [tensor]).as_numpy(card.output.name)
+        client.start_stream(callback=lambda result, error: got.put((result, error)))
+        names = [card.name, "nope", *[card.name] * STREAM_WINDOW]
+        for i, name in enumerate(names):
+            client.async_stream_infer(name, [tensor], request_id=f"id {i}")
+        client.stop_stream()
+    results = [got.get_nowait() for _ in names]
+    assert got.empty()
+    assert "there is no model 'nope'" in str(results.pop(1)[1])
+    assert [result.get_response().id for result, _ in results] == [f"id {i}" for i in range(len(names)) if i != 1]
+    for result, error in results:
+        assert error is None
+        np.testing.assert_allclose(result.as_numpy(card.output.name), expected, rtol=0, atol=1e-6)
+
+
+class HeldEngine:
+    """Answers (n,) with (n, 4) zeros, when the test lets it."""
+
+    platform, device = "held", "cpu"
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self.begun, self.open = threading.Event(), threading.Event()
+
+    def run(self, rows: Rows) -> Rows:
+        """(n,) -> (n, 4)."""
+        self.rows += len(rows)
+        self.begun.set()
+        if not self.open.wait(60):
+            raise TimeoutError
+        return np.zeros((len(rows), 4), np.float32)
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> HeldEngine:
+    """The engine of every model of a server that is started in this process; one row a batch, in the thread."""
+    held = HeldEngine()
+    monkeypatch.setattr("tercet.server.repository.load_engine", lambda *_: held)
+    monkeypatch.setattr("tercet.server.repository.measure", lambda *_: Pace(1, 0))
+    return held
+
+
+@asynccontextmanager
+async def inside(folder: Path) -> AsyncIterator[Any]:
+    """A stub for a server in this process."""
+    server = Server(Config(port=0, models=folder))
+    await server.start()
+    try:
+        async with grpc.aio.insecure_channel(server.config.address) as channel:
+            yield GRPCInferenceServiceStub(channel)
+    finally:
+        await server.stop()
+
+
+@pytest.fixture
+def request_(workspace: Path) -> ModelInferRequest:
+    """A request of one row."""
+    return build_request(read_card(workspace / "models" / "fizzbuzz"), 1)
+
+
+@pytest.fixture(autouse=True)
+def nothing_logged(request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """No test but the one of opaque errors leaves anything in our log, or an exception that nobody looked at in asyncio's."""
+    yield
+    records = [record for record in caplog.get_records("call") if record.name.startswith(("service", "asyncio"))]
+    if request.function is not test_unknown_exceptions_are_opaque:
+        assert [record.getMessage() for record in records if record.levelname in ("WARNING", "ERROR")] == []
+
+
+def watch(monkeypatch: pytest.MonkeyPatch) -> tuple[asyncio.Semaphore, asyncio.Semaphore, Callable[[], int]]:
+    """Requests that come to the servicer, that leave it however they do, and the most that were there at a time."""
+    came, left, infer = asyncio.Semaphore(0), asyncio.Semaphore(0), InferenceServicer._infer  # noqa: SLF001
+    present, most = 0, 0
+
+    async def watched(servicer: InferenceServicer, request: ModelInferRequest) -> ModelInferResponse:
+        nonlocal present, most
+        present += 1
+        most = max(most, present)
+        came.release()
+        try:
+            return await infer(servicer, request)
+        finally:
+            present -= 1
+            left.release()
+
+    monkeypatch.setattr(InferenceServicer, "_infer", watched)
+    return came, left, lambda: most
+
+
+def test_window(workspace: Path, engine: HeldEngine, request_: ModelInferRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """STREAM_WINDOW requests of a stream are in work at a time, and hardly more, however many the client sends."""
+
+    async def main() -> None:
+        came, _, most = watch(monkeypatch)
+        async with inside(workspace / "models") as stub:
+            call = stub.ModelStreamInfer(iter([request_] * (3 * STREAM_WINDOW)))
+            for _ in range(STREAM_WINDOW):
+                await came.acquire()
+            engine.open.set()
+            assert len([response async for response in call]) == 3 * STREAM_WINDOW
+        assert STREAM_WINDOW <= most() <= STREAM_WINDOW + 2  # one is answered, one waits for its place
+
+    asyncio.run(main())
+
+
+def test_cancelled_stream(
+    workspace: Path, engine: HeldEngine, request_: ModelInferRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What waits is never run when the client of a stream has gone, and the next stream and call are answered."""
+
+    async def main() -> None:
+        came, left, _ = watch(monkeypatch)
+        async with inside(workspace / "models") as stub:
+            call = stub.ModelStreamInfer()
+            for _ in range(20):
+                await call.write(request_)
+                await came.acquire()
+            await asyncio.to_thread(engine.begun.wait)
+            call.cancel()
+            for _ in range(20):
+                await left.acquire()
+            engine.open.set()
+            assert len([response async for response in stub.ModelStreamInfer(iter([request_] * 3))]) == 3
+            await stub.ModelInfer(request_)
+        assert engine.rows == 1 + 3 + 1
+
+    asyncio.run(main())
+
+
+def test_cancelled_by_a_client_that_does_not_read(
+    workspace: Path, engine: HeldEngine, request_: ModelInferRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client that takes no answers, so that the service cannot write, and then goes, leaves nothing behind."""
+
+    async def main() -> None:
+        engine.open.set()
+        came, left, _ = watch(monkeypatch)
+        large = ModelInferRequest(id="x" * 100_000)
+        large.MergeFrom(request_)
+        async with inside(workspace / "models") as stub:
+            call = stub.ModelStreamInfer(iter([large] * (3 * STREAM_WINDOW)))
+            for _ in range(STREAM_WINDOW):
+                await came.acquire()
+                await left.acquire()
+            call.cancel()
+            await stub.ModelInfer(request_)
+
+    asyncio.run(main())
+
+
+def test_unknown_exceptions_are_opaque(
+    workspace: Path,
+    engine: HeldEngine,
+    request_: ModelInferRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """An error that nobody foresaw gives a fixed text and an id in band; the log has the cause, and the stream goes on."""
+
+    def fail(*_: Any) -> NoReturn:
+        raise OSError("/secret/path")
+
+    async def main() -> None:
+        engine.open.set()
+        async with inside(workspace / "models") as stub:
+            call = stub.ModelStreamInfer()
+            with monkeypatch.context() as patch:
+                patch.setattr("tercet.server.servicers.inference.decode", fail)
+                await call.write(request_)
+                broken = (await call.read()).error_message
+            await call.write(request_)
+            assert (await call.read()).error_message == ""
+            await call.done_writing()
+            assert await call.code() == grpc.StatusCode.OK
+        [error] = [record for record in caplog.records if record.levelname == "ERROR"]
+        said = re.fullmatch(r"(internal error [0-9a-f]{12}); the service's log has the cause under this id", broken)
+        assert said
+        assert said[1] == error.getMessage()
+        assert "/secret/path" in caplog.text
+
+    asyncio.run(main())
