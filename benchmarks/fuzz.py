@@ -31,7 +31,7 @@ from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from PIL import Image
 from tercet.card import Card, read_card
 from tercet.proto import diabetes_pb2, digits_pb2, fizzbuzz_pb2, inference_pb2
-from tercet.server.repository import find
+from tercet.card import find_models as find
 from tercet.server.tensors import CONTENTS
 
 from benchmarks.load import build_request

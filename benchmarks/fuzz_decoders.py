@@ -19,7 +19,7 @@ with atheris.instrument_imports(include=["service", "PIL"]):
     from tercet.proto.diabetes_pb2 import Patient
     from tercet.proto.inference_pb2 import ModelInferRequest
     from tercet.server.images import decode_image
-    from tercet.server.repository import find
+    from tercet.card import find_models as find
     from tercet.server.servicers.diabetes import decode as decode_patient
     from tercet.server.tensors import WHERE, decode, encode
 

@@ -10,10 +10,10 @@ import json
 import shutil
 from pathlib import Path
 
-from tercet.card import Card, Tensor, read_card, verify
+from tercet.card import Card, Tensor, read_card, verify_file
 from tercet.errors import StartupError
 from tercet.server.config import Config
-from tercet.server.repository import find, is_trained
+from tercet.card import find_models as find, is_trained
 
 BACKENDS = ("onnxruntime", "python")
 
@@ -32,7 +32,7 @@ def export(models: Path, target: Path, *, backend: str = "onnxruntime", config: 
     for name, card in cards.items():
         if not card.version.isdecimal() or int(card.version) < 1:
             raise StartupError(f"{name}: version {card.version!r} is none for Triton, whose versions are 1, 2, 3 ...")
-        content = verify(models / name, card, "model.onnx")
+        content = verify_file(models / name, card, "model.onnx")
         (files := target / name / card.version).mkdir(parents=True)
         (files / "model.onnx").write_bytes(content)
         if backend == "python":

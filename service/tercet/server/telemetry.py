@@ -1,0 +1,222 @@
+"""What a process counts, in one recorder that is always on. Prometheus and ModelStatistics read it; docs/metrics.md lists the metrics.
+
+The values for Prometheus are in memory that the parent of several workers maps too. It adds them up over all workers, and hands the
+memory of a dead worker on to its replacement: no count is lost, and none goes backwards.
+"""
+
+import logging
+import sys
+import time
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from itertools import accumulate
+from mmap import mmap
+from typing import Any, NamedTuple
+
+import msgspec
+
+from tercet.errors import StartupError
+from tercet.server.config import Config
+
+MEMORY_BYTES, KEY_BYTES = 2**23, 2**20  # enough for thousands of models; pages take memory only once they are written to
+VALUES = 20  # per metric and labels: the counts of a histogram's buckets first, its sum last; others use one
+
+
+class Metric(NamedTuple):
+    """A metric of Prometheus: with `bounds` a histogram, with a name that ends in _total a counter, otherwise a gauge."""
+
+    help: str
+    labels: tuple[str, ...] = ()
+    bounds: Sequence[float] = ()  # upper bounds of the buckets
+
+
+SECONDS = [1e-4 * 2**i for i in range(18)]  # 0.1 ms to 13 s
+ROWS = [float(2**i) for i in range(13)]  # 1 to 4,096
+QUEUE_ROWS = "tercet_queue_rows"
+METRICS = {
+    "tercet_request_seconds": Metric("From request read to response made.", ("method",), SECONDS),
+    "tercet_failures_total": Metric("Calls that ended with an error.", ("method", "code")),
+    "tercet_queue_seconds": Metric("A request's time in the queue.", ("model",), SECONDS),
+    "tercet_compute_seconds": Metric("A batch's time in the engine.", ("model",), SECONDS),
+    "tercet_batch_rows": Metric("Rows of a batch.", ("model",), ROWS),
+    QUEUE_ROWS: Metric("Rows that wait.", ("model",)),
+    "tercet_reloads_total": Metric("New files of a model.", ("model", "result")),
+    "tercet_worker_restarts_total": Metric("Workers that died and were replaced."),
+    "tercet_build_info": Metric("Version and engine of the service.", ("version", "engine")),
+}
+
+
+class MetricMemory:
+    """The metrics of one process: a line of JSON with each one's name and labels, then VALUES float64 for each, in the same order."""
+
+    def __init__(self, file: int = -1) -> None:
+        """Map the file with this descriptor, MEMORY_BYTES long, and go on counting from its values; -1: share with nobody."""
+        self._memory = mmap(file, MEMORY_BYTES)
+        self._numbers = memoryview(self._memory)[KEY_BYTES:].cast("d")
+        self._memory.seek(len(self._lines()))
+        self._values = dict(self.items())
+
+    def values(self, *key: str) -> memoryview:
+        """The values of a metric, given its name and labels."""
+        if key not in self._values:
+            self._memory.write(msgspec.json.encode(key))
+            self._memory.write(b"\n")  # makes it visible to readers
+            self._values = dict(self.items())
+        return self._values[key]
+
+    def items(self) -> Iterator[tuple[tuple[str, ...], memoryview]]:
+        """Name and labels, and values, of each metric."""
+        for i, line in enumerate(self._lines().splitlines()):
+            yield msgspec.json.decode(line, type=tuple[str, ...]), self._numbers[i * VALUES : (i + 1) * VALUES]
+
+    def clear_gauges(self) -> None:
+        """Forget the rows that waited in a process that has died."""
+        for key, values in self.items():
+            if key[0] == QUEUE_ROWS:
+                values[0] = 0
+
+    def _lines(self) -> bytes:
+        return self._memory[: self._memory.rfind(b"\n", 0, self._memory.find(b"\0")) + 1]
+
+
+class Histogram:
+    """Counts values by size."""
+
+    __slots__ = ("_bounds", "_values")
+
+    def __init__(self, memory: MetricMemory, name: str, label: str) -> None:
+        self._bounds, self._values = METRICS[name].bounds, memory.values(name, label)
+
+    def observe(self, value: float) -> None:
+        self._values[bisect_left(self._bounds, value)] += 1
+        self._values[VALUES - 1] += value
+
+
+class Duration:
+    """How often something was done, and how many seconds it took in total."""
+
+    __slots__ = ("count", "seconds")
+
+    def __init__(self) -> None:
+        self.count, self.seconds = 0, 0.0
+
+    def add(self, seconds: float, count: int = 1) -> None:
+        """It was done `count` times and took `seconds` each time."""
+        self.count += count
+        self.seconds += seconds * count
+
+
+class ModelTelemetry:
+    """What one model did in this process."""
+
+    def __init__(self, memory: MetricMemory, name: str) -> None:
+        self.success, self.fail, self.queue = Duration(), Duration(), Duration()  # requests
+        self.compute = Duration()  # requests, each with the time of its whole batch
+        self.batches: dict[int, Duration] = defaultdict(Duration)  # by their rows
+        self.rows = 0
+        self.last_inference = 0.0  # when the last batch ended, in seconds since the epoch
+        self.request_succeeded, self.request_failed = self.success.add, self.fail.add  # given the seconds it took
+        self._waiting = memory.values(QUEUE_ROWS, name)
+        self._queue_seconds, self._compute_seconds, self._batch_rows = (
+            Histogram(memory, f"tercet_{metric}", name) for metric in ("queue_seconds", "compute_seconds", "batch_rows")
+        )
+        for result in ("served", "refused"):  # from 0 on, so that Prometheus sees the first reload as an increase
+            memory.values("tercet_reloads_total", name, result)
+
+    def queue_depth(self, rows: int) -> None:
+        """So many rows wait now."""
+        self._waiting[0] = rows
+
+    def request_waited(self, seconds: float) -> None:
+        """A request left the queue after this time."""
+        self.queue.add(seconds)
+        self._queue_seconds.observe(seconds)
+
+    def batch_ran(self, rows: int, requests: int, seconds: float) -> None:
+        """The engine was busy with a batch for this time."""
+        self.rows += rows
+        self.last_inference = time.time()
+        self.compute.add(seconds, requests)
+        self.batches[rows].add(seconds)
+        self._batch_rows.observe(rows)
+        self._compute_seconds.observe(seconds)
+
+
+class Telemetry:
+    """What this process does. Use it from the event loop; batchers may report to a ModelTelemetry from their thread."""
+
+    def __init__(self, memory: MetricMemory | None = None) -> None:
+        self.memory = memory or MetricMemory()
+        self._models: dict[str, ModelTelemetry] = {}
+        self._request_seconds: dict[str, Histogram] = {}
+
+    def call_answered(self, method: str, seconds: float) -> None:
+        """A call was answered, this long after its request had been read."""
+        if method not in self._request_seconds:
+            self._request_seconds[method] = Histogram(self.memory, "tercet_request_seconds", method)
+        self._request_seconds[method].observe(seconds)
+
+    def call_failed(self, method: str, code: str) -> None:
+        """A call ended with this gRPC status."""
+        self.memory.values("tercet_failures_total", method, code)[0] += 1
+
+    def model_reloaded(self, model: str, result: str) -> None:
+        """New files of a model were `served` or `refused`."""
+        self.memory.values("tercet_reloads_total", model, result)[0] += 1
+
+    def model(self, name: str) -> ModelTelemetry:
+        """The recorder of one model."""
+        if name not in self._models:
+            self._models[name] = ModelTelemetry(self.memory, name)
+        return self._models[name]
+
+
+class MetricsCollector:
+    """Gives prometheus_client the metrics of several processes, added up."""
+
+    def __init__(self, memories: Sequence[MetricMemory]) -> None:
+        self._memories = memories
+
+    def collect(self) -> Iterator[Any]:
+        from prometheus_client import core  # noqa: PLC0415  only with --metrics-port
+
+        sums: dict[tuple[str, ...], list[float]] = defaultdict(lambda: [0.0] * VALUES)
+        for memory in self._memories:
+            for key, values in memory.items():
+                sums[key] = [a + b for a, b in zip(sums[key], values, strict=True)]
+        for name, metric in METRICS.items():
+            kind = "Histogram" if metric.bounds else "Counter" if name.endswith("_total") else "Gauge"
+            family = getattr(core, f"{kind}MetricFamily")(name, metric.help, labels=metric.labels)
+            for (_, *labels), values in sorted((key, values) for key, values in sums.items() if key[0] == name):
+                buckets = list(zip([*map(str, metric.bounds), "+Inf"], accumulate(values), strict=False))
+                family.add_metric(labels, *((buckets, values[-1]) if metric.bounds else (values[0],)))
+            yield family
+
+
+def start_metrics_server(config: Config, memories: Sequence[MetricMemory]) -> int:
+    """Serve GET /metrics in a thread; return the port. Raises StartupError when it is taken."""
+    from prometheus_client import CollectorRegistry, start_http_server  # noqa: PLC0415  only with --metrics-port
+
+    memories[0].values("tercet_build_info", version("tercet"), config.engine)[0] = 1
+    registry = CollectorRegistry()
+    registry.register(MetricsCollector(memories))
+    try:
+        server, _ = start_http_server(config.metrics_port or 0, config.host, registry)
+    except OSError as error:
+        address, reason = f"{config.host}:{config.metrics_port}", str(error.strerror).lower()
+        raise StartupError(f"metrics: cannot listen on {address}: {reason}; choose another --metrics-port, or 0 for a free one") from error
+    return server.server_port
+
+
+def configure_logging(style: str) -> None:
+    """Log to stderr from INFO on; `style` is human or json, in which an exception is a field instead of more lines."""
+    handler = logging.StreamHandler(sys.stderr)
+    if style == "json":
+        from pythonjsonlogger.json import JsonFormatter  # noqa: PLC0415  only with --log-format json
+
+        handler.setFormatter(JsonFormatter("%(asctime)s %(levelname)s %(name)s %(process)d %(message)s", timestamp=True))
+    else:
+        handler.setFormatter(logging.Formatter("%(levelname)s %(name)s %(process)d: %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
