@@ -94,9 +94,10 @@ class Input(Tensor, frozen=True, kw_only=True):
         if not accepted.all():
             row, *rest = (int(i) for i in np.argwhere(~accepted)[0])
             feature = self.features[rest[-1] if len(self.features) > 1 else 0]
-            expected = f"{feature.minimum:g} to {feature.maximum:g} {feature.unit}".strip() + ", or NaN (not measured)" * self.missing
+            expected = f"{feature.minimum:g} to {feature.maximum:g} {feature.unit}".strip()
             raise InvalidInputError(
-                field.format(row=row, feature=feature.name), f"{feature.name} must be {expected}; got {rows[(row, *rest)]:g}"
+                field.format(row=row, feature=feature.name),
+                f"{feature.name} must be {expected}{', or NaN (not measured)' * self.missing}; got {rows[(row, *rest)]:g}",
             )
 
 

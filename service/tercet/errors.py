@@ -9,8 +9,8 @@
              UnauthenticatedError
              DeadlinePassedError
 
-The message says what is wrong, where, and what would be right. Any other exception is a bug: it is logged under an id, and the client
-gets only the id. `tercet.server.rpc` ends a call with one of these errors.
+The message says what is wrong, where, and what would be right. Any other exception is a bug: the log has it under an id, and the
+client gets only the id. `tercet.server.rpc` turns them into the status of a call.
 """
 
 import logging
@@ -57,7 +57,7 @@ class ServiceError(Exception):
         return []
 
     def status(self) -> Status:
-        """This error as google.rpc.Status: code, message and details."""
+        """Return code, message and details as google.rpc.Status."""
         packed = []
         for detail in self.details():
             packed.append(AnyMessage())

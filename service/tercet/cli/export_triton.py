@@ -10,10 +10,9 @@ import json
 import shutil
 from pathlib import Path
 
-from tercet.card import Card, Tensor, read_card, verify_file
+from tercet.card import Card, Tensor, find_models, is_trained, read_card, verify_file
 from tercet.errors import StartupError
 from tercet.server.config import Config
-from tercet.card import find_models as find, is_trained
 
 BACKENDS = ("onnxruntime", "python")
 
@@ -26,7 +25,7 @@ def export(models: Path, target: Path, *, backend: str = "onnxruntime", config: 
     """
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise StartupError(f"{target} is not empty: name a new folder")
-    cards = {name: read_card(models / name) for name in find(models) if is_trained(models / name)}
+    cards = {name: read_card(models / name) for name in find_models(models) if is_trained(models / name)}
     if not cards:
         raise StartupError(f"no trained model in {models}: run `dvc repro`, or name another folder with --models")
     for name, card in cards.items():

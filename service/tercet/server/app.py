@@ -103,9 +103,7 @@ class Server:
         interceptors: list[grpc.aio.ServerInterceptor] = [self._tracing.interceptor()] if self._tracing else []
         interceptors += [BearerTokens(config.token_file)] if config.token_file else []
         self._server = grpc.aio.server(interceptors=interceptors, options=list(_grpc_options(config).items()))
-        self._add_services(
-            Backend(repository=self.repository, telemetry=self.telemetry, calls=self.calls, command=self.command)
-        )
+        self._add_services(Backend(repository=self.repository, telemetry=self.telemetry, calls=self.calls, command=self.command))
         self.config = replace(config, port=_bind(self._server, config))
 
     def _add_services(self, backend: Backend) -> None:

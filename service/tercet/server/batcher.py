@@ -38,13 +38,13 @@ class BatchRecorder(Protocol):
     """Records what a batcher does."""
 
     def queue_depth(self, rows: int, /) -> None:
-        """This many rows are waiting now."""
+        """Record how many rows are waiting now."""
 
     def request_waited(self, seconds: float, /) -> None:
-        """A request has left the queue for a batch."""
+        """Record how long a request waited for its batch."""
 
     def batch_ran(self, rows: int, requests: int, seconds: float, /) -> None:
-        """A batch has run. Called from the engine's thread, too."""
+        """Record a batch. Called from the engine's thread, too."""
 
 
 class Batcher:
@@ -68,8 +68,8 @@ class Batcher:
         gather. The thread takes its next batch by itself, so the engine never waits for the loop.
         At most `max_queue_rows` rows wait, each for at most `queue_timeout` seconds. An idle engine waits up to `max_delay` seconds
         for more rows.
-        `trace` is called in the context of each request that ran, with the time.perf_counter of its arrival and of the start and end
-        of its batch.
+        `trace` is called in the context of each request that ran, with three times of time.perf_counter: its arrival, and the start
+        and end of its batch.
         """
         self._run = run
         self._max_batch_rows, self._inline_rows = max_batch_rows, inline_rows

@@ -58,7 +58,9 @@ class OnnxEngine:
         options.intra_op_num_threads = config.threads
         options.inter_op_num_threads = 1
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", "/dev/null")  # refuse external data
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", "/dev/null"
+        )  # refuse external data
         options.log_severity_level = 3
         providers = ["CUDAExecutionProvider"] * try_cuda + ["CPUExecutionProvider"]
         try:
@@ -138,7 +140,9 @@ class TorchEngine:
         except Exception as error:  # torch raises exceptions of any kind for a damaged file
             raise StartupError(f"{folder / 'model.pt'} does not fit models/{card.name}/network.py: {error}") from error
         self._network = network.eval().to(self.device)
-        reason = "as configured" if config.device != "auto" else "torch sees a GPU" if self.device == "cuda" else "torch sees no GPU"
+        reason = (
+            "as configured" if config.device != "auto" else "torch sees a GPU" if self.device == "cuda" else "torch sees no GPU"
+        )
         self.name = f"torch {torch.__version__}"
         _log_device_once(self.name, self.device, reason)
 

@@ -34,7 +34,8 @@ class Model:
     async def infer(self, rows: Rows, field: str) -> Rows:
         """Check `rows`, (n, *input shape), against the contract and return the model's output, (n, *output shape).
 
-        `field` is the rows' field in the request, with `{row}` and `{feature}`. Raises InvalidInputError and what Batcher.infer raises.
+        `field` is the rows' field in the request, with `{row}` and `{feature}`. Raises InvalidInputError and what Batcher.infer
+        raises.
         """
         started = perf_counter()
         try:

@@ -92,9 +92,9 @@ async def abort_call(context: Any, error: Exception) -> NoReturn:
 
 
 def _start(servicer: Any, request: Any, context: Any) -> None:
-    """Accept a call. Raises ShuttingDownError, DeadlinePassedError (gRPC cancels late calls, but not at once), InvalidInputError."""
+    """Accept a call. Raises ShuttingDownError, DeadlinePassedError or InvalidInputError."""
     servicer.backend.calls.accept()
-    if context.time_remaining() == 0:
+    if context.time_remaining() == 0:  # gRPC will cancel this call, but not at once
         raise DeadlinePassedError("the deadline had passed before the request was read")
     check_parsed(request)
 

@@ -20,7 +20,6 @@ from tercet.server.rpc import abort_call
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Fingerprint = tuple[int, int, int]  # of a file: modification time, size, inode
 
 
 class ReloadingFile(Generic[T]):
@@ -29,12 +28,12 @@ class ReloadingFile(Generic[T]):
     def __init__(self, paths: Sequence[Path], parse: Callable[[], T]) -> None:
         """Raise the StartupError of `parse`."""
         self._paths, self._parse = paths, parse
-        self._fingerprints = self._current_fingerprints()
+        self._fingerprints = [_fingerprint(path) for path in paths]
         self.value = parse()
 
     def refresh(self) -> bool:
         """Look at the files. Returns whether there is a new value."""
-        current = self._current_fingerprints()
+        current = [_fingerprint(path) for path in self._paths]
         if current == self._fingerprints:
             return False
         self._fingerprints = current
@@ -46,11 +45,9 @@ class ReloadingFile(Generic[T]):
         log.info("reloaded %s", ", ".join(map(str, self._paths)))
         return True
 
-    def _current_fingerprints(self) -> list[Fingerprint | None]:
-        return [_fingerprint(path) for path in self._paths]
 
-
-def _fingerprint(path: Path) -> Fingerprint | None:
+def _fingerprint(path: Path) -> tuple[int, int, int] | None:
+    """Modification time, size and inode of a file; None when it is missing."""
     try:
         stat = path.stat()
     except OSError:

@@ -1,4 +1,4 @@
-"""What a process counts, in one recorder that is always on. Prometheus and ModelStatistics read it; docs/metrics.md lists the metrics.
+"""One recorder per process, always on, that Prometheus and ModelStatistics read; docs/metrics.md lists the metrics.
 
 The values for Prometheus are in memory that the parent of several workers maps too. It adds them up over all workers, and hands the
 memory of a dead worker on to its replacement: no count is lost, and none goes backwards.
@@ -10,6 +10,7 @@ import time
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from functools import cache, partial
 from importlib.metadata import version
 from itertools import accumulate
 from mmap import mmap
@@ -21,7 +22,10 @@ from tercet.errors import StartupError
 from tercet.server.config import Config
 
 MEMORY_BYTES, KEY_BYTES = 2**23, 2**20  # enough for thousands of models; pages take memory only once they are written to
-VALUES = 20  # per metric and labels: the counts of a histogram's buckets first, its sum last; others use one
+VALUES = 20  # per metric and labels: first the counts of a histogram's buckets, last its sum; other metrics use only the first
+SECONDS = [1e-4 * 2**i for i in range(18)]  # 0.1 ms to 13 s
+ROWS = [float(2**i) for i in range(13)]  # 1 to 4,096
+QUEUE_ROWS = "tercet_queue_rows"
 
 
 class Metric(NamedTuple):
@@ -32,9 +36,6 @@ class Metric(NamedTuple):
     bounds: Sequence[float] = ()  # upper bounds of the buckets
 
 
-SECONDS = [1e-4 * 2**i for i in range(18)]  # 0.1 ms to 13 s
-ROWS = [float(2**i) for i in range(13)]  # 1 to 4,096
-QUEUE_ROWS = "tercet_queue_rows"
 METRICS = {
     "tercet_request_seconds": Metric("From request read to response made.", ("method",), SECONDS),
     "tercet_failures_total": Metric("Calls that ended with an error.", ("method", "code")),
@@ -49,7 +50,7 @@ METRICS = {
 
 
 class MetricMemory:
-    """The metrics of one process: a line of JSON with each one's name and labels, then VALUES float64 for each, in the same order."""
+    """The metrics of one process: a line of JSON with name and labels for each, then in the same order VALUES float64 for each."""
 
     def __init__(self, file: int = -1) -> None:
         """Map the file with this descriptor, MEMORY_BYTES long, and go on counting from its values; -1: share with nobody."""
@@ -58,7 +59,7 @@ class MetricMemory:
         self._memory.seek(len(self._lines()))
         self._values = dict(self.items())
 
-    def values(self, *key: str) -> memoryview:
+    def values(self, *key: str) -> "memoryview[float]":
         """The values of a metric, given its name and labels."""
         if key not in self._values:
             self._memory.write(msgspec.json.encode(key))
@@ -66,7 +67,7 @@ class MetricMemory:
             self._values = dict(self.items())
         return self._values[key]
 
-    def items(self) -> Iterator[tuple[tuple[str, ...], memoryview]]:
+    def items(self) -> Iterator[tuple[tuple[str, ...], "memoryview[float]"]]:
         """Name and labels, and values, of each metric."""
         for i, line in enumerate(self._lines().splitlines()):
             yield msgspec.json.decode(line, type=tuple[str, ...]), self._numbers[i * VALUES : (i + 1) * VALUES]
@@ -81,17 +82,10 @@ class MetricMemory:
         return self._memory[: self._memory.rfind(b"\n", 0, self._memory.find(b"\0")) + 1]
 
 
-class Histogram:
-    """Counts values by size."""
-
-    __slots__ = ("_bounds", "_values")
-
-    def __init__(self, memory: MetricMemory, name: str, label: str) -> None:
-        self._bounds, self._values = METRICS[name].bounds, memory.values(name, label)
-
-    def observe(self, value: float) -> None:
-        self._values[bisect_left(self._bounds, value)] += 1
-        self._values[VALUES - 1] += value
+def observe(histogram: "memoryview[float]", bounds: Sequence[float], value: float) -> None:
+    """Count a value in its bucket, and add it to the sum."""
+    histogram[bisect_left(bounds, value)] += 1
+    histogram[VALUES - 1] += value
 
 
 class Duration:
@@ -117,22 +111,21 @@ class ModelTelemetry:
         self.batches: dict[int, Duration] = defaultdict(Duration)  # by their rows
         self.rows = 0
         self.last_inference = 0.0  # when the last batch ended, in seconds since the epoch
-        self.request_succeeded, self.request_failed = self.success.add, self.fail.add  # given the seconds it took
-        self._waiting = memory.values(QUEUE_ROWS, name)
-        self._queue_seconds, self._compute_seconds, self._batch_rows = (
-            Histogram(memory, f"tercet_{metric}", name) for metric in ("queue_seconds", "compute_seconds", "batch_rows")
+        self.request_succeeded, self.request_failed = self.success.add, self.fail.add  # with the seconds that it took
+        self._queue_seconds, self._compute_seconds, self._batch_rows, self._queue_rows = (
+            memory.values(f"tercet_{metric}", name) for metric in ("queue_seconds", "compute_seconds", "batch_rows", "queue_rows")
         )
-        for result in ("served", "refused"):  # from 0 on, so that Prometheus sees the first reload as an increase
+        for result in ("served", "refused"):  # counted from 0 on, so that Prometheus sees the first reload as an increase
             memory.values("tercet_reloads_total", name, result)
 
     def queue_depth(self, rows: int) -> None:
         """So many rows wait now."""
-        self._waiting[0] = rows
+        self._queue_rows[0] = rows
 
     def request_waited(self, seconds: float) -> None:
         """A request left the queue after this time."""
         self.queue.add(seconds)
-        self._queue_seconds.observe(seconds)
+        observe(self._queue_seconds, SECONDS, seconds)
 
     def batch_ran(self, rows: int, requests: int, seconds: float) -> None:
         """The engine was busy with a batch for this time."""
@@ -140,23 +133,20 @@ class ModelTelemetry:
         self.last_inference = time.time()
         self.compute.add(seconds, requests)
         self.batches[rows].add(seconds)
-        self._batch_rows.observe(rows)
-        self._compute_seconds.observe(seconds)
+        observe(self._batch_rows, ROWS, rows)
+        observe(self._compute_seconds, SECONDS, seconds)
 
 
 class Telemetry:
-    """What this process does. Use it from the event loop; batchers may report to a ModelTelemetry from their thread."""
+    """What this process does. Use it from the event loop; a batcher may report to its ModelTelemetry from its thread."""
 
     def __init__(self, memory: MetricMemory | None = None) -> None:
         self.memory = memory or MetricMemory()
-        self._models: dict[str, ModelTelemetry] = {}
-        self._request_seconds: dict[str, Histogram] = {}
+        self.model = cache(partial(ModelTelemetry, self.memory))  # by name
 
     def call_answered(self, method: str, seconds: float) -> None:
         """A call was answered, this long after its request had been read."""
-        if method not in self._request_seconds:
-            self._request_seconds[method] = Histogram(self.memory, "tercet_request_seconds", method)
-        self._request_seconds[method].observe(seconds)
+        observe(self.memory.values("tercet_request_seconds", method), SECONDS, seconds)
 
     def call_failed(self, method: str, code: str) -> None:
         """A call ended with this gRPC status."""
@@ -165,12 +155,6 @@ class Telemetry:
     def model_reloaded(self, model: str, result: str) -> None:
         """New files of a model were `served` or `refused`."""
         self.memory.values("tercet_reloads_total", model, result)[0] += 1
-
-    def model(self, name: str) -> ModelTelemetry:
-        """The recorder of one model."""
-        if name not in self._models:
-            self._models[name] = ModelTelemetry(self.memory, name)
-        return self._models[name]
 
 
 class MetricsCollector:
@@ -189,9 +173,9 @@ class MetricsCollector:
         for name, metric in METRICS.items():
             kind = "Histogram" if metric.bounds else "Counter" if name.endswith("_total") else "Gauge"
             family = getattr(core, f"{kind}MetricFamily")(name, metric.help, labels=metric.labels)
-            for (_, *labels), values in sorted((key, values) for key, values in sums.items() if key[0] == name):
-                buckets = list(zip([*map(str, metric.bounds), "+Inf"], accumulate(values), strict=False))
-                family.add_metric(labels, *((buckets, values[-1]) if metric.bounds else (values[0],)))
+            for (_, *labels), total in sorted(item for item in sums.items() if item[0][0] == name):
+                buckets = list(zip([*map(str, metric.bounds), "+Inf"], accumulate(total), strict=False))
+                family.add_metric(labels, *((buckets, total[-1]) if metric.bounds else (total[0],)))
             yield family
 
 
@@ -203,20 +187,19 @@ def start_metrics_server(config: Config, memories: Sequence[MetricMemory]) -> in
     registry = CollectorRegistry()
     registry.register(MetricsCollector(memories))
     try:
-        server, _ = start_http_server(config.metrics_port or 0, config.host, registry)
+        return start_http_server(config.metrics_port or 0, config.host, registry)[0].server_port
     except OSError as error:
-        address, reason = f"{config.host}:{config.metrics_port}", str(error.strerror).lower()
-        raise StartupError(f"metrics: cannot listen on {address}: {reason}; choose another --metrics-port, or 0 for a free one") from error
-    return server.server_port
+        address, hint = f"{config.host}:{config.metrics_port}", "choose another with --metrics-port, or 0 for a free one"
+        raise StartupError(f"metrics: cannot listen on {address}: {str(error.strerror).lower()}; {hint}") from error
 
 
 def configure_logging(style: str) -> None:
     """Log to stderr from INFO on; `style` is human or json, in which an exception is a field instead of more lines."""
-    handler = logging.StreamHandler(sys.stderr)
+    formatter = logging.Formatter("%(levelname)s %(name)s %(process)d: %(message)s")
     if style == "json":
         from pythonjsonlogger.json import JsonFormatter  # noqa: PLC0415  only with --log-format json
 
-        handler.setFormatter(JsonFormatter("%(asctime)s %(levelname)s %(name)s %(process)d %(message)s", timestamp=True))
-    else:
-        handler.setFormatter(logging.Formatter("%(levelname)s %(name)s %(process)d: %(message)s"))
+        formatter = JsonFormatter("%(asctime)s %(levelname)s %(name)s %(process)d %(message)s", timestamp=True)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(formatter)
     logging.basicConfig(level=logging.INFO, handlers=[handler])

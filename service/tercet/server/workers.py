@@ -6,7 +6,7 @@
            <--stdout: "! " and the reason why it cannot start--
            <--stdout: "load NAME", "unload NAME": done as a client asked--
 
-Each worker (`python -m tercet.server.workers CONFIG FILE`) listens with SO_REUSEPORT and has its own engines; the kernel distributes
+Each worker (`python -m tercet.server.workers CONFIG FILE`) listens with SO_REUSEPORT and has its own engines; the kernel spreads
 the connections. The health service reports SERVING for the name `workers` while all of them run.
 """
 
@@ -20,9 +20,7 @@ from asyncio.subprocess import PIPE, Process
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any
 
 import msgspec
 
@@ -63,7 +61,7 @@ class Workers:
             loop.add_signal_handler(number, self._stopping.set)
         loop.add_signal_handler(signal.SIGHUP, self._signal, signal.SIGHUP)
         if self.config.metrics_port is not None:
-            self._memory.values("tercet_worker_restarts_total")
+            self._memory.values("tercet_worker_restarts_total")  # 0 from the start
             port = start_metrics_server(self.config, [self._memory, *self._memories])
             self.config = replace(self.config, metrics_port=port)
         try:
@@ -132,10 +130,10 @@ class Workers:
             started = time.monotonic()
 
     def _mark_dead(self, index: int) -> None:
-        self._broadcast_worker_count()
+        self._memory.values("tercet_worker_restarts_total")[0] += 1
         if self._memories:
             self._memories[index].clear_gauges()
-            self._memory.values("tercet_worker_restarts_total")[0] += 1
+        self._broadcast_worker_count()
 
     def _broadcast_worker_count(self) -> None:
         """Tell all workers how many run, for their health services."""
@@ -186,12 +184,9 @@ async def _work(config: Config, memory: MetricMemory) -> None:
 
 def main(config_json: str, file: str = "-1") -> None:
     """Run a worker with a Config in JSON that counts its metrics in the file with this descriptor."""
-    import uvloop  # noqa: PLC0415  the parent's caller has it
+    import uvloop  # noqa: PLC0415  the parent does not need it
 
-    def decode(_kind: type, value: Any) -> Path:
-        return Path(value)
-
-    config = msgspec.json.decode(config_json, type=Config, dec_hook=decode)
+    config = msgspec.json.decode(config_json, type=Config, dec_hook=lambda kind, value: kind(value))  # JSON has no Path
     configure_logging(config.log_format)
     try:
         uvloop.run(_work(config, MetricMemory(int(file))))
