@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,15 +34,13 @@ from tercet.proto.inference_pb2 import RepositoryModelLoadRequest
 from tercet.proto.inference_pb2_grpc import GRPCInferenceServiceStub
 from tercet.server.app import Server
 from tercet.server.config import Config
-from tercet.server.repository import load
-from tercet.server.signature import sign
+from tercet.server.repository import load_model
+from tercet.server.security import sign_model
 
 from tests.conftest import REPOSITORY, Service, run, serving
-from tests.server.test_errors import engine as engine  # noqa: PLC0414  a fixture
-from tests.server.test_errors import inside, refusal, refused
+from tests.server.support import ask, inside, refusal, refused
 
 pytestmark = pytest.mark.slow
-
 
 PEM = Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()
 
@@ -85,12 +82,6 @@ def authority(tmp_path: Path) -> Identity:
     made = issue("authority")
     made.write(tmp_path, "ca")
     return made
-
-
-def ask(service: Service, **options: Any) -> Sequence[str]:
-    """One call on a connection of its own."""
-    with Client(service.address, timeout=20, **options) as client:
-        return client.answer([15])
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
@@ -166,19 +157,19 @@ ANY = "0.0.0.0"  # noqa: S104  that is what is tested
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        ({"host": ANY}, "give --tls-certificate and --tls-key, or say --insecure"),
-        ({"host": "::"}, "or say --insecure"),
+        ({"host": ANY}, "set --tls-certificate and --tls-key, or --insecure"),
+        ({"host": "::"}, "or --insecure if"),
         ({"tls_certificate": "ca.pem"}, "--tls-certificate and --tls-key go together"),
         ({"tls_client_ca": "ca.pem"}, "needs both"),
         ({"tls_certificate": "ca.pem", "tls_key": "nowhere"}, "cannot be read"),
-        ({"tls_certificate": "ca.pem", "tls_key": "other.key"}, "ca.pem and other.key are no pair"),
+        ({"tls_certificate": "ca.pem", "tls_key": "other.key"}, "ca.pem and other.key are not a pair"),
         ({"tls_certificate": "ca.pem", "tls_key": "locked.key"}, "the key without a password"),
-        ({"tls_certificate": "ca.pem", "tls_key": "ca.key", "tls_client_ca": "ca.key"}, "ca.key holds no certificates"),
-        ({"tls_certificate": "ca.pem", "tls_key": "ca.key", "tls_client_ca": "nowhere"}, "nowhere or its key cannot be read"),
-        ({"token_file": "ca.pem"}, "token 1 cannot be sent"),
+        ({"tls_certificate": "ca.pem", "tls_key": "ca.key", "tls_client_ca": "ca.key"}, "ca.key has no certificates"),
+        ({"tls_certificate": "ca.pem", "tls_key": "ca.key", "tls_client_ca": "nowhere"}, "nowhere cannot be read"),
+        ({"token_file": "ca.pem"}, "token 1 must be printable ASCII"),
         ({"require_signed": "nowhere"}, "nowhere cannot be read"),
-        ({"require_signed": "no.pem"}, "no.pem is no key in a PEM file"),
-        ({"require_signed": "ca.key"}, "no public ed25519 key"),
+        ({"require_signed": "no.pem"}, "no.pem is not a public ed25519 key"),
+        ({"require_signed": "ca.key"}, "not a public ed25519 key"),
     ],
 )
 def test_unsafe_settings(
@@ -199,7 +190,7 @@ def test_unsafe_settings(
 
 def test_workers_do_not_start_unsafe(small: Path) -> None:
     """Several workers do not start in plain text where others can call, either."""
-    assert "or say --insecure" in refusal("--models", str(small), "--port", "0", "--workers", "2", "--host", ANY)
+    assert "or --insecure if" in refusal("--models", str(small), "--port", "0", "--workers", "2", "--host", ANY)
 
 
 def test_insecure_when_said(small: Path) -> None:
@@ -270,22 +261,22 @@ def test_only_signed_models_start(model: Path, keys: tuple[Path, Path], tmp_path
     """With --require-signed a model is served only as its signer has left it; without, the signature does not matter."""
     private, public = keys
     config, signature = Config(models=model.parent, require_signed=public), model / "card.json.sig"
-    with pytest.raises(StartupError, match=f"{signature} cannot be read, and what is not signed is not served"):
-        load(model, config)
+    with pytest.raises(StartupError, match=f"{signature} cannot be read; --require-signed needs it"):
+        load_model(model, config)
     assert run("tercet", "sign", str(model), "--key", str(private), cwd=model).stdout == f"{signature}\n"
     with serving(model.parent, "--require-signed", str(public)) as service:
         assert ask(service) == ["fizzbuzz"]
     (model / "card.json").write_bytes((model / "card.json").read_bytes() + b" ")
-    with pytest.raises(StartupError, match=f"{signature} is no signature of this card.json by the owner of {public}"):
-        load(model, config)
-    assert load(model, Config()).card.name == "fizzbuzz"
+    with pytest.raises(StartupError, match=f"{signature} is not a signature of this card.json by the owner of {public}"):
+        load_model(model, config)
+    assert load_model(model, Config()).card.name == "fizzbuzz"
     stranger = tmp_path / "stranger.pem"
     stranger.write_bytes(ed25519.Ed25519PrivateKey.generate().private_bytes(*PEM))
-    sign(model, stranger)
-    with pytest.raises(StartupError, match=r"is no signature of this card\.json"):
-        load(model, config)
-    with pytest.raises(StartupError, match="no private ed25519 key"):
-        sign(model, public)
+    sign_model(model, stranger)
+    with pytest.raises(StartupError, match=r"is not a signature of this card\.json"):
+        load_model(model, config)
+    with pytest.raises(StartupError, match="not a private ed25519 key"):
+        sign_model(model, public)
 
 
 def test_a_model_that_is_not_whole_is_not_signed(model: Path, keys: tuple[Path, Path]) -> None:
@@ -299,7 +290,7 @@ def test_a_model_that_is_not_whole_is_not_signed(model: Path, keys: tuple[Path, 
 def test_only_signed_models_are_loaded(model: Path, keys: tuple[Path, Path]) -> None:
     """A card that changes without a new signature is refused at reload, before it is parsed, and the old one goes on."""
     private, public = keys
-    sign(model, private)
+    sign_model(model, private)
 
     async def main() -> None:
         async with inside(model.parent, require_signed=public, watch=0) as (_, channel):
@@ -309,7 +300,7 @@ def test_only_signed_models_are_loaded(model: Path, keys: tuple[Path, Path]) -> 
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await load()
             assert caught.value.code() == StatusCode.FAILED_PRECONDITION
-            assert "is no signature of this card.json" in str(caught.value.details())
+            assert "is not a signature of this card.json" in str(caught.value.details())
             assert (await FizzBuzzStub(channel).Answer(AnswerRequest(numbers=[3]))).words == ["fizz"]
 
     asyncio.run(main())
@@ -318,16 +309,16 @@ def test_only_signed_models_are_loaded(model: Path, keys: tuple[Path, Path]) -> 
 def test_a_late_signature_is_noticed(model: Path, keys: tuple[Path, Path]) -> None:
     """A new card that was refused for its signature is served once the right one is there."""
     private, public = keys
-    sign(model, private)
+    sign_model(model, private)
 
     async def main() -> None:
         async with inside(model.parent, require_signed=public, watch=0) as (server, _):
             card = json.loads((model / "card.json").read_bytes())
             (model / "card.json").write_text(json.dumps({**card, "description": "new"}))
-            await server.follow(at_once=True)
+            await server.reload_changed(wait_until_stable=False)
             assert server.repository.get("fizzbuzz").card.description != "new"
-            sign(model, private)
-            await server.follow(at_once=True)
+            sign_model(model, private)
+            await server.reload_changed(wait_until_stable=False)
             assert server.repository.get("fizzbuzz").card.description == "new"
 
     asyncio.run(main())

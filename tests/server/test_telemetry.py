@@ -1,4 +1,4 @@
-"""What Prometheus is told: it is counted right, whatever the number of workers."""
+"""What is counted, and what Prometheus gets: the right numbers, whatever the number of workers."""
 
 import json
 import os
@@ -8,19 +8,93 @@ import signal
 import socket
 import subprocess
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import grpc
 import psutil
 import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import CollectorRegistry
 from tercet.client import Client
+from tercet.server.telemetry import MEMORY_BYTES, MetricMemory, MetricsCollector, Telemetry
 
 from tests.conftest import BIN, REPOSITORY, Service, run, serving
 
 Scrape = Callable[[], dict[str, float]]
+
+
+def collected(memories: Sequence[MetricMemory]) -> CollectorRegistry:
+    """What Prometheus gets from several processes."""
+    registry = CollectorRegistry()
+    registry.register(MetricsCollector(memories))
+    return registry
+
+
+def test_model_statistics() -> None:
+    """A model's recorder counts requests, rows and batches with their times, and is the same each time it is asked for."""
+    telemetry = Telemetry()
+    model = telemetry.model("fizzbuzz")
+    model.request_waited(0.25)
+    model.batch_ran(3, 2, 0.5)
+    model.batch_ran(1, 1, 0.5)
+    model.request_succeeded(1.0)
+    model.request_failed(2.0)
+    assert telemetry.model("fizzbuzz") is model
+    durations = (model.success, model.fail, model.queue, model.compute, model.batches[3], model.batches[1])
+    assert [(each.count, each.seconds) for each in durations] == [(1, 1.0), (1, 2.0), (1, 0.25), (3, 1.5), (1, 0.5), (1, 0.5)]
+    assert model.rows == 4
+    assert model.last_inference > 0
+
+
+def test_buckets() -> None:
+    """A value is in the first bucket whose bound it does not exceed; what exceeds all is only in +Inf."""
+    telemetry = Telemetry()
+    for rows in (1, 2, 3, 4096, 4097):
+        telemetry.model("mnist").batch_ran(rows, 1, 0.0)
+    registry = collected([telemetry.memory])
+    expected = {"1.0": 1, "2.0": 2, "4.0": 3, "2048.0": 3, "4096.0": 4, "+Inf": 5}
+    found = {bound: registry.get_sample_value("tercet_batch_rows_bucket", {"model": "mnist", "le": bound}) for bound in expected}
+    assert found == expected
+    assert registry.get_sample_value("tercet_batch_rows_sum", {"model": "mnist"}) == 8199
+
+
+def test_a_replacement_goes_on_counting() -> None:
+    """The memory of a process that died has its counts and none of its waiting rows; the next process adds to it."""
+    with TemporaryFile() as first, TemporaryFile() as second:
+        for file in (first, second):
+            file.truncate(MEMORY_BYTES)
+        parent = [MetricMemory(file.fileno()) for file in (first, second)]
+        for file, calls in ((first, 2), (second, 3), (first, 4)):
+            worker = Telemetry(MetricMemory(file.fileno()))
+            worker.model("mnist").queue_depth(7)
+            for _ in range(calls):
+                worker.call_failed("Answer", "NOT_FOUND")
+            worker.call_answered(f"of {calls}", 1.0)
+        parent[1].clear_gauges()
+        registry = collected(parent)
+        assert registry.get_sample_value("tercet_failures_total", {"method": "Answer", "code": "NOT_FOUND"}) == 9
+        assert registry.get_sample_value("tercet_queue_rows", {"model": "mnist"}) == 7
+        counts = [registry.get_sample_value("tercet_request_seconds_count", {"method": f"of {calls}"}) for calls in (2, 3, 4)]
+        assert counts == [1, 1, 1]
+
+
+def test_a_line_that_was_not_finished_is_written_over() -> None:
+    """What a process wrote of a key when it died is no metric, and does not disturb the next one."""
+    with TemporaryFile() as file:
+        file.truncate(MEMORY_BYTES)
+        memory = MetricMemory(file.fileno())
+        memory.values("tercet_failures_total", "Answer", "NOT_FOUND")[0] = 1
+        end = file.read().index(b"\0")
+        file.seek(end)
+        file.write(b'["tercet_failures_total","Assess","INVALID_ARG')
+        file.flush()
+        again = MetricMemory(file.fileno())
+        again.values("tercet_queue_rows", "mnist")[0] = 5
+        found = {key: values[0] for key, values in memory.items()}
+    assert found == {("tercet_failures_total", "Answer", "NOT_FOUND"): 1, ("tercet_queue_rows", "mnist"): 5}
 
 
 def scraper(service: Service) -> Scrape:
@@ -39,6 +113,7 @@ def scraper(service: Service) -> Scrape:
     return scrape
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_calls_and_failures_are_counted(workspace: Path, workers: str) -> None:
     """Requests, rows and batches add up, failures by their code, over all workers."""
@@ -64,6 +139,7 @@ def test_calls_and_failures_are_counted(workspace: Path, workers: str) -> None:
     assert found["tercet_queue_rows model=fizzbuzz"] == 0
 
 
+@pytest.mark.slow
 def test_a_dead_worker_leaves_its_counts(workspace: Path) -> None:
     """What a killed worker counted stays in the sums, and its replacement is counted."""
     with serving(workspace / "models", "--metrics-port", "0", "--workers", "2") as service:
@@ -77,8 +153,9 @@ def test_a_dead_worker_leaves_its_counts(workspace: Path) -> None:
     assert found["tercet_request_seconds_count method=Answer"] == 1
 
 
+@pytest.mark.slow
 def test_every_metric_is_described(workspace: Path) -> None:
-    """docs/metrics.md names what is told, and nothing else."""
+    """docs/metrics.md names every metric, and no other."""
     described = set(re.findall(r"^\| `(\w+)`", (REPOSITORY / "docs/metrics.md").read_text(), flags=re.MULTILINE))
     with serving(workspace / "models", "--metrics-port", "0", "--workers", "2") as service:
         scrape = scraper(service)
@@ -90,6 +167,7 @@ def test_every_metric_is_described(workspace: Path) -> None:
     assert {name for name in told if name != "tercet_worker_restarts"} == described
 
 
+@pytest.mark.slow
 def test_a_taken_port_is_named(workspace: Path) -> None:
     """The service does not start without the metrics that it was told to give."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -129,6 +207,7 @@ def test_promtool_accepts_every_query(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_promtool_has_no_complaint(workspace: Path, workers: str) -> None:
     """What Prometheus is told is well formed and named as it wants names to be."""

@@ -18,6 +18,8 @@ from tests.conftest import BIN, serving
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 
+pytestmark = pytest.mark.slow
+
 
 class Collector(trace_service_pb2_grpc.TraceServiceServicer):
     """Takes spans."""

@@ -27,6 +27,8 @@ from tests.conftest import BIN, Service, run, serving
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 WORKERS = health_pb2.HealthCheckRequest(service="workers")
 
+pytestmark = pytest.mark.slow
+
 
 def connect(service: Service) -> grpc.Channel:
     """A channel with a connection of its own, which tries again what a dying worker did not answer."""
@@ -200,7 +202,7 @@ def test_damaged_model(workspace: Path, tmp_path: Path) -> None:
 
 def test_folder_of_the_start_does_not_matter(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers do not import what happens to lie in the folder in which the service is started."""
-    (tmp_path / "service.py").write_text("raise SystemExit('imported')")
+    (tmp_path / "tercet.py").write_text("raise SystemExit('imported')")
     monkeypatch.chdir(tmp_path)
     with serving(workspace / "models", "--workers", "2") as service:
         assert len(children(service)) == 2

@@ -46,6 +46,7 @@ CONNECTION_OPTIONS = {  # times in ms
 }
 DRAIN_POLL_SECONDS, DRAIN_MAX_POLLS = 0.1, 5  # each step of the shutdown waits for a period without new calls
 
+SERVICE_NAMES = (*(service.name for service in SERVICES), health.SERVICE_NAME, reflection.SERVICE_NAME)
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 
 
@@ -113,8 +114,7 @@ class Server:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         for module in (health_pb2, reflection_pb2):
             POOL.AddSerializedFile(module.DESCRIPTOR.serialized_pb)
-        names = [*(service.name for service in SERVICES), health.SERVICE_NAME, reflection.SERVICE_NAME]
-        reflection.enable_server_reflection(names, self._server, pool=POOL)
+        reflection.enable_server_reflection(SERVICE_NAMES, self._server, pool=POOL)
 
     async def start(self) -> None:
         """Accept calls, and report to health checks which models are served."""
