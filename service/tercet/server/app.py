@@ -97,12 +97,12 @@ class Server:
         if config.engine == "torch":  # it imports models.network from the checkout that holds the models
             sys.path.insert(0, str(config.models.resolve().parent))
         self._tracing = _start_tracing(config)
+        interceptors: list[grpc.aio.ServerInterceptor] = [self._tracing.interceptor()] if self._tracing else []
+        interceptors += [BearerTokens(config.token_file)] if config.token_file else []
         self.telemetry, self.calls, self._health = Telemetry(memory), Calls(), Health()
         self.repository = Repository(config, self.telemetry, self._tracing.record_batch if self._tracing else None)
         self._relay = relay
         self.stopping = asyncio.Event()
-        interceptors: list[grpc.aio.ServerInterceptor] = [self._tracing.interceptor()] if self._tracing else []
-        interceptors += [BearerTokens(config.token_file)] if config.token_file else []
         self._server = grpc.aio.server(interceptors=interceptors, options=list(_grpc_options(config).items()))
         self._add_services(Backend(repository=self.repository, telemetry=self.telemetry, calls=self.calls, command=self.command))
         self.config = replace(config, port=_bind(self._server, config))

@@ -13,8 +13,7 @@ MAX_PORT = 2**16 - 1
 
 def option(default: Any, text: str, *, choices: tuple[str, ...] = (), minimum: float = -inf, maximum: float = inf) -> Any:
     """A field with the help text of its option and the values that it accepts; the command line shows both."""
-    metadata = {"help": text, "choices": choices, "minimum": minimum, "maximum": maximum}
-    return field(default=default, metadata=metadata)
+    return field(default=default, metadata={"help": text, "choices": choices, "minimum": minimum, "maximum": maximum})
 
 
 def flag(name: str) -> str:
@@ -40,9 +39,7 @@ class Config:
     queue_timeout: float = option(10.0, "Seconds that a request may wait before it is refused.", minimum=0.001)
     max_message_bytes: int = option(16 * 2**20, "Maximum size of a request message.", minimum=1, maximum=MAX_INT)
     grace: float = option(30.0, "Seconds that requests in flight have to finish at shutdown.", minimum=0)
-    metrics_port: int | None = option(
-        None, "Port for Prometheus metrics, 0 for a free one; off by default.", minimum=0, maximum=MAX_PORT
-    )
+    metrics_port: int | None = option(None, "Port for Prometheus metrics; 0 picks a free one.", minimum=0, maximum=MAX_PORT)
     watch: float = option(1.0, "Seconds between checks for new model files; 0 never checks.", minimum=0)
     trace_endpoint: str | None = option(None, "OTLP collector to send traces to, for example http://127.0.0.1:4317.")
     log_format: str = option("human", "Format of log lines.", choices=("human", "json"))
@@ -52,9 +49,7 @@ class Config:
     tls_client_ca: Path | None = option(None, "PEM file with the CAs that client certificates must come from (mTLS).")
     insecure: bool = option(False, "Allow plain text on addresses that other machines can reach.")  # noqa: FBT003  a default
     require_signed: Path | None = option(None, "PEM file with a public ed25519 key: serve only models signed with its private key.")
-    max_concurrent_streams: int = option(
-        1024, "Maximum concurrent calls per connection; further calls wait in the client.", minimum=1, maximum=MAX_INT
-    )
+    max_concurrent_streams: int = option(1024, "Maximum concurrent calls per connection.", minimum=1, maximum=MAX_INT)
     max_connection_age: float = option(0.0, "Seconds after which clients are asked to reconnect; 0 never asks.", minimum=0)
 
     @property
@@ -64,15 +59,16 @@ class Config:
 
     def __post_init__(self) -> None:
         for setting in fields(self):
-            value, allowed = getattr(self, setting.name), setting.metadata
-            if allowed["choices"] and value not in allowed["choices"]:
-                raise StartupError(f"{flag(setting.name)} must be {' or '.join(allowed['choices'])}, got {value!r}")
-            if isinstance(value, int | float) and not allowed["minimum"] <= value <= allowed["maximum"]:
-                upper = f"between {allowed['minimum']} and {allowed['maximum']}"
-                expected = f"{allowed['minimum']} or more" if allowed["maximum"] == inf else upper
-                raise StartupError(f"{flag(setting.name)} must be {expected}, got {value}")
+            name, value = flag(setting.name), getattr(self, setting.name)
+            choices, minimum, maximum = (setting.metadata[key] for key in ("choices", "minimum", "maximum"))
+            if choices and value not in choices:
+                raise StartupError(f"{name} must be {' or '.join(choices)}, got {value!r}")
+            if isinstance(value, int | float) and not minimum <= value <= maximum:
+                expected = f"{minimum} or more" if maximum == inf else f"between {minimum} and {maximum}"
+                raise StartupError(f"{name} must be {expected}, got {value}")
         if (self.tls_certificate is None) != (self.tls_key is None) or (self.tls_client_ca and not self.tls_key):
             raise StartupError("--tls-certificate and --tls-key go together, and --tls-client-ca needs both")
         if self.max_queue_rows < self.max_request_rows:
-            expected = f"at least --max-request-rows, {self.max_request_rows}"
-            raise StartupError(f"--max-queue-rows must be {expected}, got {self.max_queue_rows}")
+            raise StartupError(
+                f"--max-queue-rows must be at least --max-request-rows, {self.max_request_rows}, got {self.max_queue_rows}"
+            )
