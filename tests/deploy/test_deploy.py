@@ -196,7 +196,7 @@ def test_a_balancer_passes_calls_on(workspace: Path, name: str) -> None:
     if os.geteuid():
         pytest.skip("only root may start a balancer that takes another user")
     flags = (name, "--fault", "none", "--seconds", "1", "--models", str(workspace / "models"))
-    row = run(sys.executable, "benchmarks/balancers.py", *flags, cwd=REPOSITORY).stdout.splitlines()[-1].split()
+    row = run(sys.executable, "-m", "benchmarks.balancers", *flags, cwd=REPOSITORY).stdout.splitlines()[-1].split()
     assert (row[:2], row[3:6]) == ([name, "none"], ["0", "0", "0"])
     assert int(row[2]) > 10
 

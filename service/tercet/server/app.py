@@ -5,7 +5,6 @@ import gc
 import logging
 import os
 import signal
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -94,8 +93,6 @@ class Server:
         The metrics are counted in `memory`. `relay` is called with `load NAME` or `unload NAME` after a client's request, for other
         processes to do the same. Raises StartupError when a model cannot be loaded or the port is taken.
         """
-        if config.engine == "torch":  # it imports models.network from the checkout that holds the models
-            sys.path.insert(0, str(config.models.resolve().parent))
         self._tracing = _start_tracing(config)
         interceptors: list[grpc.aio.ServerInterceptor] = [self._tracing.interceptor()] if self._tracing else []
         interceptors += [BearerTokens(config.token_file)] if config.token_file else []
