@@ -3,6 +3,7 @@
 import ctypes
 import io
 import logging
+import sys
 import time
 from collections.abc import Sequence
 from functools import cache
@@ -126,8 +127,15 @@ class TorchEngine:
             import torch  # noqa: PLC0415  the onnxruntime engine works without it
         except ImportError as error:
             raise StartupError(f"the torch engine needs torch: pip install '.[torch]' ({error})") from error
-        import models.network  # noqa: PLC0415
-
+        sys.path.insert(0, str(folder.resolve().parents[1]))
+        try:
+            import models.network  # noqa: PLC0415  of the checkout that holds the folder
+        except ImportError as error:
+            raise StartupError(
+                f"the torch engine needs the network of the model: pass the models folder of a checkout with --models ({error})"
+            ) from error
+        finally:
+            sys.path.pop(0)
         if config.device == "cuda" and not torch.cuda.is_available():
             raise StartupError("--device cuda: torch sees no GPU")
         self._torch = torch
