@@ -1,4 +1,4 @@
-"""The server as a whole: how it starts, what it offers, how it ends."""
+"""The server as a whole: startup, standard services, limits of a connection, shutdown."""
 
 import asyncio
 import os
@@ -39,7 +39,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_health(channel: grpc.Channel) -> None:
-    """Health knows every model by its name, and all of them by none."""
+    """Health reports each model under its name, and all of them under the empty name."""
     stub = health_pb2_grpc.HealthStub(channel)
     for name in ("", *models.names()):
         assert stub.Check(health_pb2.HealthCheckRequest(service=name)).status == health_pb2.HealthCheckResponse.SERVING
@@ -59,7 +59,7 @@ def test_reflection(channel: grpc.Channel) -> None:
 
 
 def test_sigterm_loses_nothing(workspace: Path, cards: dict[str, Card]) -> None:
-    """What is in flight when SIGTERM comes is answered; a call is refused only if it was never accepted; the exit code is 0."""
+    """Calls in flight at SIGTERM are answered; a call is refused only if it was never accepted; the exit code is 0."""
     card = cards["mnist"]
     rows = np.resize(card.example_rows(), (512, *card.input.shape))
     request = ModelInferRequest(model_name="mnist", raw_input_contents=[rows.tobytes()])
@@ -82,7 +82,7 @@ def test_sigterm_loses_nothing(workspace: Path, cards: dict[str, Card]) -> None:
 
 
 def test_token(workspace: Path, tmp_path: Path) -> None:
-    """With --token-file every call but health needs the token; a wrong one is as good as none."""
+    """With --token-file every call except health needs the token; a wrong one is refused like none."""
     token = secrets.token_hex()
     (tmp_path / "token").write_text(f"{token}\n")
     with serving(workspace / "models", "--token-file", str(tmp_path / "token")) as service:
@@ -120,28 +120,28 @@ def test_token(workspace: Path, tmp_path: Path) -> None:
     ],
 )
 def test_wrong_flags(workspace: Path, flags: list[str], text: str) -> None:
-    """A flag or value that cannot be is refused in one sentence that says what can."""
+    """A wrong flag or value is refused in one sentence that says what is accepted."""
     assert text in refusal("--models", str(workspace / "models"), "--port", "0", *flags)
 
 
 def test_wrong_environment() -> None:
-    """A value from the environment is refused as a flag is, and the sentence names the variable."""
+    """A wrong value in the environment is refused like a flag, and the message names the variable."""
     assert "env var: 'TERCET_PORT'" in refusal(TERCET_PORT="x")
 
 
 def test_port_in_use(workspace: Path) -> None:
-    """A port that is taken is named, with what to do, and the exit code is not 0."""
+    """The message for a port in use names it and says what to do; the exit code is not 0."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        said = refusal("--models", str(workspace / "models"), "--port", str(port))
-    assert f"cannot listen on 127.0.0.1:{port}: address already in use" in said
-    assert "--port" in said
+        output = refusal("--models", str(workspace / "models"), "--port", str(port))
+    assert f"cannot listen on 127.0.0.1:{port}: address already in use" in output
+    assert "--port" in output
 
 
 @asynccontextmanager
 async def limited(folder: Path, monkeypatch: pytest.MonkeyPatch, limits: dict[str, int], **settings: Any) -> AsyncIterator[Any]:
     """A server whose connections have these limits, and its address."""
-    assert limits.keys() <= app.CONNECTION_OPTIONS.keys()  # they are set to something in the first place
+    assert limits.keys() <= app.CONNECTION_OPTIONS.keys()  # the options exist
     monkeypatch.setattr("tercet.server.app.CONNECTION_OPTIONS", {**app.CONNECTION_OPTIONS, **limits})
     async with inside(folder, **settings) as (server, _):
         yield server.config.address
@@ -154,7 +154,7 @@ def listen(address: str) -> socket.socket:
 
 
 def read_all(connection: socket.socket) -> bytes:
-    """What comes until the other side closes."""
+    """All bytes until the other side closes."""
     return b"".join(iter(lambda: connection.recv(4096), b""))
 
 
@@ -165,7 +165,7 @@ OWN = [("grpc.use_local_subchannel_pool", 1)]
 
 
 @pytest.mark.parametrize(
-    ("limits", "settings", "sent", "said"),
+    ("limits", "settings", "sent", "reason"),
     [
         ({HANDSHAKE: 100}, {}, b"", b""),
         ({HANDSHAKE: 100}, {}, b"PRI * HTTP", b""),
@@ -176,18 +176,18 @@ OWN = [("grpc.use_local_subchannel_pool", 1)]
     ],
     ids=["silent", "half a preface", "idle", "old", "pings", "no HTTP/2"],
 )
-def test_connections_are_let_go(
-    small: Path, monkeypatch: pytest.MonkeyPatch, limits: dict[str, int], settings: dict[str, Any], sent: bytes, said: bytes
+def test_bad_connections_are_closed(
+    small: Path, monkeypatch: pytest.MonkeyPatch, limits: dict[str, int], settings: dict[str, Any], sent: bytes, reason: bytes
 ) -> None:
-    """Who connects and says nothing, stays too long, or pings all the time is told why and let go; others are answered."""
+    """A connection that stays silent, idle or open too long, or pings too often, is closed with the reason; others are served."""
 
     async def main() -> None:
         async with limited(small, monkeypatch, limits, **settings) as address:
             connection = listen(address)
             with connection:
                 connection.sendall(sent)
-                heard = await asyncio.to_thread(read_all, connection)
-            assert said in heard
+                received = await asyncio.to_thread(read_all, connection)
+            assert reason in received
             async with grpc.aio.insecure_channel(address) as channel:
                 assert (await FizzBuzzStub(channel).Answer(AnswerRequest(numbers=[3]))).words == ["fizz"]
 
@@ -195,7 +195,7 @@ def test_connections_are_let_go(
 
 
 def test_a_client_of_old_connections_notices_nothing(small: Path) -> None:
-    """Calls over connections that end by their age, again and again, are all answered."""
+    """Calls are all answered while their connections are closed by age again and again."""
     peers: set[tuple[int, ...]] = set()
 
     async def main() -> None:
@@ -206,20 +206,20 @@ def test_a_client_of_old_connections_notices_nothing(small: Path) -> None:
                 peers.add(connections())
 
     def connections() -> tuple[int, ...]:
-        """The ports of this process's ends."""
+        """The local ports of this process's connections."""
         return tuple(sorted(found.laddr.port for found in psutil.Process().net_connections("tcp") if found.status == "ESTABLISHED"))
 
     asyncio.run(main())
 
 
-def test_patient_pings_are_welcome() -> None:
-    """A client may ping as often as gRPC lets it, every 10 s, also without a call."""
+def test_keepalive_pings_are_accepted() -> None:
+    """A client may ping every 10 s, as gRPC allows, also without a call."""
     assert app.CONNECTION_OPTIONS["grpc.http2.min_recv_ping_interval_without_data_ms"] < 10_000
     assert app.CONNECTION_OPTIONS["grpc.keepalive_permit_without_calls"] == 1
 
 
 def test_concurrent_streams(small: Path, engine: HeldEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More calls than a connection may have wait at the client, and are answered in their turn."""
+    """More concurrent calls than a connection may have wait in the client, and are answered in turn."""
     visits = Visits(monkeypatch)
 
     async def main() -> None:
@@ -227,10 +227,10 @@ def test_concurrent_streams(small: Path, engine: HeldEngine, monkeypatch: pytest
             calls = [FizzBuzzStub(channel).Answer(AnswerRequest(numbers=[number])) for number in range(6)]
             for _ in range(2):
                 await visits.came.acquire()
-            async with grpc.aio.insecure_channel(server.config.address, OWN) as other:  # others are not held up
+            async with grpc.aio.insecure_channel(server.config.address, OWN) as other:  # not blocked by this connection
                 call = FizzBuzzStub(other).Answer(AnswerRequest(numbers=[7]))
                 await visits.came.acquire()
-                assert visits.came.locked()  # nobody else has come
+                assert visits.came.locked()  # no other call has arrived
                 engine.open.set()
                 assert (await call).words == ["7"]
             assert [(await call).words for call in calls] == [[str(number)] for number in range(6)]
@@ -239,7 +239,7 @@ def test_concurrent_streams(small: Path, engine: HeldEngine, monkeypatch: pytest
 
 
 def test_message_size(small: Path) -> None:
-    """A message that is too large, or becomes so when it is unpacked, is RESOURCE_EXHAUSTED, and the service goes on."""
+    """A message that is too large, before or after decompression, is RESOURCE_EXHAUSTED, and the service goes on."""
 
     async def main() -> None:
         async with inside(small, max_message_bytes=10_000) as (_, channel):
@@ -253,7 +253,7 @@ def test_message_size(small: Path) -> None:
 
 
 def test_thousands_of_calls_on_one_connection(small: Path) -> None:
-    """Calls beyond what gRPC has pending by default, and beyond the streams of a connection, are all answered."""
+    """More calls than gRPC's default of pending ones, and than a connection's streams, are all answered."""
 
     async def main() -> None:
         async with inside(small) as (_, channel):
@@ -279,7 +279,7 @@ sys.addaudithook(hook)
 
 
 def test_nothing_is_written_elsewhere(small: Path, tmp_path: Path) -> None:
-    """Neither service nor client writes outside the folder for temporary files, as Python's audit hook tells, or needs a home.
+    """Neither service nor client writes outside the folder for temporary files, or needs a home.
 
     What onnxruntime wrote, of which Python hears nothing, was in the home.
     """
@@ -293,8 +293,8 @@ def test_nothing_is_written_elsewhere(small: Path, tmp_path: Path) -> None:
         "WRITES": str(tmp_path / "writes"),
     }
     with serving(small, "--workers", "2", "--metrics-port", "0", **environment) as service:
-        said = run("tercet", "predict", "fizzbuzz", "15", "--server", service.address, cwd=tmp_path, **environment).stdout
-        assert said == "fizzbuzz\n"
+        output = run("tercet", "predict", "fizzbuzz", "15", "--server", service.address, cwd=tmp_path, **environment).stdout
+        assert output == "fizzbuzz\n"
     writes = (tmp_path / "writes").read_text().splitlines()
     elsewhere = [line for line in writes if str(tmp_path / "temporary") not in line and "'/dev/" not in line]
     assert elsewhere == []
@@ -303,12 +303,12 @@ def test_nothing_is_written_elsewhere(small: Path, tmp_path: Path) -> None:
 
 
 def test_metadata_while_another_version_is_installed(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The service says which version runs, whatever of it lies on the disk by now; the fuzzer had found it to say nothing."""
+    """The metadata have the running version, whatever is installed by now; the fuzzer had found it empty."""
     monkeypatch.setattr("tercet.server.servicers.inference.version", Mock(return_value=None))
 
     async def main() -> None:
         async with inside(small) as (_, channel):
-            said = await GRPCInferenceServiceStub(channel).ServerMetadata(ServerMetadataRequest())
-        assert (said.name, bool(said.version)) == ("tercet", True)
+            metadata = await GRPCInferenceServiceStub(channel).ServerMetadata(ServerMetadataRequest())
+        assert (metadata.name, bool(metadata.version)) == ("tercet", True)
 
     asyncio.run(main())

@@ -196,8 +196,8 @@ METHODS = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_bytes_that_are_no_message(default_service: Service, method: str) -> None:
-    """A request that cannot be parsed is INVALID_ARGUMENT, as whatever else is wrong with a request."""
+def test_bytes_that_are_not_a_message(default_service: Service, method: str) -> None:
+    """A request that cannot be parsed is INVALID_ARGUMENT, like any other wrong request."""
     with grpc.insecure_channel(default_service.address) as channel:
         error = refused(partial(raw, channel, method, b"\xff"))
     assert (error.code(), fields(error)) == (StatusCode.INVALID_ARGUMENT, ["request"])
@@ -206,44 +206,54 @@ def test_bytes_that_are_no_message(default_service: Service, method: str) -> Non
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["/tercet.v1.FizzBuzz/Count", "/inference.GRPCInferenceService/ModelStreamInfer"])
-def test_bytes_that_are_no_message_in_a_stream(default_service: Service, method: str) -> None:
-    """A streaming method says the same; a stream of requests says it in band and goes on."""
+def test_bytes_that_are_not_a_message_in_a_stream(default_service: Service, method: str) -> None:
+    """So it is for a streaming method; in a stream of requests the error is in band, and the stream goes on."""
     with grpc.insecure_channel(default_service.address) as channel:
         if method.endswith("Count"):
             call = channel.unary_stream(method, request_serializer=bytes, response_deserializer=bytes)(b"\xff", timeout=60)
             assert refused(lambda: next(call)).code() == StatusCode.INVALID_ARGUMENT
         else:
-            said = list(channel.stream_stream(method, request_serializer=bytes, response_deserializer=bytes)(iter([b"\xff"] * 2)))
-            assert len(said) == 2
-            assert all(b"request: Error parsing" in content for content in said)
+            responses = list(
+                channel.stream_stream(method, request_serializer=bytes, response_deserializer=bytes)(iter([b"\xff"] * 2))
+            )
+            assert len(responses) == 2
+            assert all(b"request: Error parsing" in content for content in responses)
 
 
 def varint(number: int) -> bytes:
-    """A number as protobuf writes it."""
+    """A number as protobuf encodes it."""
     return bytes([number & 127 | 128]) + varint(number >> 7) if number > 127 else bytes([number])
 
 
-def field_(number: int, content: bytes) -> bytes:
+def encode_field(number: int, content: bytes) -> bytes:
     """A length-delimited field."""
     return varint(number << 3 | 2) + varint(len(content)) + content
 
 
 MUCH = 2**21  # entries that take two bytes or one each
-FIZZBUZZ, NUMBER = field_(1, b"fizzbuzz"), field_(1, b"number") + field_(2, b"INT64")
+FIZZBUZZ, NUMBER = encode_field(1, b"fizzbuzz"), encode_field(1, b"number") + encode_field(2, b"INT64")
 LONG = {
-    "numbers": (ANSWER, field_(1, b"\x01" * MUCH), "numbers"),
+    "numbers": (ANSWER, encode_field(1, b"\x01" * MUCH), "numbers"),
     "patients": ("/tercet.v1.Diabetes/Assess", b"\x0a\x00" * MUCH, "patients"),
     "images": ("/tercet.v1.Digits/Classify", b"\x0a\x00" * MUCH, "images"),
-    "model": (INFER, field_(1, b"m" * MUCH), ""),
-    "version": (INFER, FIZZBUZZ + field_(2, b"v" * MUCH), ""),
+    "model": (INFER, encode_field(1, b"m" * MUCH), ""),
+    "version": (INFER, FIZZBUZZ + encode_field(2, b"v" * MUCH), ""),
     "tensors": (INFER, FIZZBUZZ + b"\x2a\x00" * MUCH, "inputs"),
-    "tensor": (INFER, FIZZBUZZ + field_(5, field_(1, "ü".encode() * MUCH)), "inputs"),
-    "datatype": (INFER, FIZZBUZZ + field_(5, field_(1, b"number") + field_(2, b"\x01" * MUCH)), "inputs[0].datatype"),
-    "shape": (INFER, FIZZBUZZ + field_(5, NUMBER + field_(3, b"\x01" * MUCH)), "inputs[0].shape"),
-    "values": (INFER, FIZZBUZZ + field_(5, NUMBER + field_(3, b"\x01") + field_(5, field_(3, b"\x01" * MUCH))), "int64_contents"),
-    "outputs": (INFER, FIZZBUZZ + field_(5, NUMBER) + b"\x32\x00" * MUCH, "inputs[0].shape"),
-    "unload": ("/inference.GRPCInferenceService/RepositoryModelUnload", field_(2, b"m" * MUCH), ""),
-    "load": ("/inference.GRPCInferenceService/RepositoryModelLoad", field_(2, b"m" * MUCH), ""),
+    "tensor": (INFER, FIZZBUZZ + encode_field(5, encode_field(1, "ü".encode() * MUCH)), "inputs"),
+    "datatype": (
+        INFER,
+        FIZZBUZZ + encode_field(5, encode_field(1, b"number") + encode_field(2, b"\x01" * MUCH)),
+        "inputs[0].datatype",
+    ),
+    "shape": (INFER, FIZZBUZZ + encode_field(5, NUMBER + encode_field(3, b"\x01" * MUCH)), "inputs[0].shape"),
+    "values": (
+        INFER,
+        FIZZBUZZ + encode_field(5, NUMBER + encode_field(3, b"\x01") + encode_field(5, encode_field(3, b"\x01" * MUCH))),
+        "int64_contents",
+    ),
+    "outputs": (INFER, FIZZBUZZ + encode_field(5, NUMBER) + b"\x32\x00" * MUCH, "inputs[0].shape"),
+    "unload": ("/inference.GRPCInferenceService/RepositoryModelUnload", encode_field(2, b"m" * MUCH), ""),
+    "load": ("/inference.GRPCInferenceService/RepositoryModelLoad", encode_field(2, b"m" * MUCH), ""),
     "nothing to load": ("/inference.GRPCInferenceService/RepositoryModelLoad", b"", ""),
 }
 
@@ -251,7 +261,7 @@ LONG = {
 @pytest.mark.slow
 @pytest.mark.parametrize("case", LONG)
 def test_long_requests_get_short_answers(default_service: Service, case: str) -> None:
-    """However much a request has of what is wrong, the client gets the right code, and a text that fits into its metadata."""
+    """However long the wrong part of a request, the client gets the right code and a text that fits into its metadata."""
     method, content, field = LONG[case]
     with grpc.insecure_channel(default_service.address, [("grpc.max_metadata_size", 8192)]) as channel:
         error = refused(partial(raw, channel, method, content))
@@ -263,16 +273,16 @@ def test_long_requests_get_short_answers(default_service: Service, case: str) ->
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["numbers", "patients", "images"])
 def test_rows_are_counted_before_they_are_decoded(workspace: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
-    """Too many rows are refused without a look at any of them, which would take minutes and gigabytes."""
-    looked = Mock()
+    """Too many rows are refused before any is decoded, which would take minutes and gigabytes."""
+    decode = Mock()
     for name in ("diabetes.decode_patient", "digits.decode_request", "fizzbuzz.answer_numbers"):
-        monkeypatch.setattr(f"tercet.server.servicers.{name}", looked)
+        monkeypatch.setattr(f"tercet.server.servicers.{name}", decode)
 
     async def main() -> None:
         async with inside(workspace / "models") as (_, channel):
             method, content, _ = LONG[case]
             with pytest.raises(grpc.aio.AioRpcError, match="expected 1 to"):
                 await raw(channel, method, content)
-        looked.assert_not_called()
+        decode.assert_not_called()
 
     asyncio.run(main())

@@ -1,4 +1,4 @@
-"""TLS, tokens and signatures: each over a real channel, or when a service starts."""
+"""TLS, tokens and signatures, over a real channel or at startup."""
 
 import asyncio
 import datetime as dt
@@ -52,7 +52,7 @@ class Identity(NamedTuple):
     key: ec.EllipticCurvePrivateKey
 
     def write(self, folder: Path, name: str) -> tuple[Path, Path]:
-        """Write both as PEM files, whole; return their paths."""
+        """Write both as PEM files, atomically; return their paths."""
         contents = {f"{name}.pem": self.certificate.public_bytes(Encoding.PEM), f"{name}.key": self.key.private_bytes(*PEM)}
         for file, content in contents.items():
             (folder / f".{file}").write_bytes(content)
@@ -78,15 +78,15 @@ def issue(name: str, authority: Identity | None = None) -> Identity:
 
 @pytest.fixture
 def authority(tmp_path: Path) -> Identity:
-    """Who signs certificates; its own is in ca.pem."""
-    made = issue("authority")
-    made.write(tmp_path, "ca")
-    return made
+    """A CA; its own certificate is in ca.pem."""
+    identity = issue("authority")
+    identity.write(tmp_path, "ca")
+    return identity
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_tls_with_token(small: Path, tmp_path: Path, authority: Identity, workers: str) -> None:
-    """Over TLS and with the token, and only so, calls are answered; however many workers there are."""
+    """Calls are answered only over TLS and with the token, with any number of workers."""
     certificate, key = issue("service", authority).write(tmp_path, "service")
     (tmp_path / "tokens").write_text("secret\n")
     flags = ("--tls-certificate", str(certificate), "--tls-key", str(key), "--token-file", str(tmp_path / "tokens"))
@@ -107,20 +107,20 @@ def test_tls_with_token(small: Path, tmp_path: Path, authority: Identity, worker
 
 
 def test_mtls(small: Path, tmp_path: Path, authority: Identity) -> None:
-    """With --tls-client-ca, callers need a certificate of that authority."""
+    """With --tls-client-ca, clients need a certificate from that CA."""
     certificate, key = issue("service", authority).write(tmp_path, "service")
     mine, my_key = issue("caller", authority).write(tmp_path, "caller")
     other, other_key = issue("other", issue("another authority")).write(tmp_path, "other")
     flags = ("--tls-certificate", certificate, "--tls-key", key, "--tls-client-ca", tmp_path / "ca.pem")
     with serving(small, *map(str, flags)) as service:
-        known = {"tls_ca": tmp_path / "ca.pem"}
-        assert ask(service, **known, tls_certificate=mine, tls_key=my_key) == ["fizzbuzz"]
+        trust = {"tls_ca": tmp_path / "ca.pem"}
+        assert ask(service, **trust, tls_certificate=mine, tls_key=my_key) == ["fizzbuzz"]
         for wrong in ({}, {"tls_certificate": other, "tls_key": other_key}):
-            assert refused(partial(ask, service, **known, **wrong)).code() == StatusCode.UNAVAILABLE
+            assert refused(partial(ask, service, **trust, **wrong)).code() == StatusCode.UNAVAILABLE
 
 
 def test_client_does_not_fall_back_to_plain_text(tmp_path: Path, authority: Identity) -> None:
-    """Who names a certificate without its key, or without the authority to trust, is told so before anything is sent."""
+    """A certificate without its key, or without the CA to trust, is an error before anything is sent."""
     certificate, key = authority.write(tmp_path, "caller")
     incomplete: list[dict[str, Any]] = [{"tls_certificate": certificate, "tls_key": key}, {"tls_ca": certificate, "tls_key": key}]
     for wrong in incomplete:
@@ -134,7 +134,7 @@ def test_client_does_not_fall_back_to_plain_text(tmp_path: Path, authority: Iden
 
 
 def test_certificate_is_renewed(small: Path, tmp_path: Path) -> None:
-    """A certificate that was renewed on disk is shown to the next connection; one without its key yet, or damaged, is not."""
+    """The next connection gets a certificate that was renewed on disk, unless it is damaged or its key is still missing."""
     first, second = issue("first"), issue("second")
     certificate, key = first.write(tmp_path, "service")
     trusted = [identity.write(tmp_path, name)[0] for identity, name in ((first, "first"), (second, "second"))]
@@ -151,7 +151,7 @@ def test_certificate_is_renewed(small: Path, tmp_path: Path) -> None:
             assert before.answer([3]) == ["fizz"]  # its connection stays
 
 
-ANY = "0.0.0.0"  # noqa: S104  that is what is tested
+ANY = "0.0.0.0"  # noqa: S104  this is tested
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ ANY = "0.0.0.0"  # noqa: S104  that is what is tested
 def test_unsafe_settings(
     small: Path, tmp_path: Path, authority: Identity, monkeypatch: pytest.MonkeyPatch, settings: dict[str, str], text: str
 ) -> None:
-    """What would not be safe, or cannot be, is refused in a sentence that says what to do."""
+    """Unsafe or impossible settings are refused in a sentence that says what to do."""
     monkeypatch.chdir(tmp_path)
     issue("other").write(tmp_path, "other")
     Path("locked.key").write_bytes(authority.key.private_bytes(*PEM[:2], BestAvailableEncryption(b"password")))
@@ -189,18 +189,18 @@ def test_unsafe_settings(
 
 
 def test_workers_do_not_start_unsafe(small: Path) -> None:
-    """Several workers do not start in plain text where others can call, either."""
+    """Several workers, too, do not start in plain text where other machines can call."""
     assert "or --insecure if" in refusal("--models", str(small), "--port", "0", "--workers", "2", "--host", ANY)
 
 
-def test_insecure_when_said(small: Path) -> None:
-    """With --insecure, a host that others reach is served in plain text."""
+def test_insecure(small: Path) -> None:
+    """With --insecure, an address that other machines can reach is served in plain text."""
     with serving(small, "--host", ANY, TERCET_INSECURE="1") as service:
         assert ask(Service(service.process, service.address.replace(ANY, "127.0.0.1"), "")) == ["fizzbuzz"]
 
 
 def test_tokens_are_rotated(small: Path, tmp_path: Path) -> None:
-    """Each line of the file is a token; a changed file counts at once, and one that is empty or gone changes nothing."""
+    """Each line of the file is a token; a changed file takes effect at once, an empty or missing one changes nothing."""
     tokens = tmp_path / "tokens"
     tokens.write_text("old\n\nnew\n")
     with serving(small, "--token-file", str(tokens)) as service:
@@ -227,9 +227,9 @@ def test_tokens_are_rotated(small: Path, tmp_path: Path) -> None:
 
 
 def test_no_interceptor_without_token(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What nobody asked for costs nothing: calls pass an interceptor only when there are tokens."""
-    made = Mock(wraps=grpc.aio.server)
-    monkeypatch.setattr(grpc.aio, "server", made)
+    """Calls pass an interceptor only when there are tokens."""
+    create = Mock(wraps=grpc.aio.server)
+    monkeypatch.setattr(grpc.aio, "server", create)
     (tmp_path / "tokens").write_text("secret")
 
     async def main() -> None:
@@ -238,27 +238,27 @@ def test_no_interceptor_without_token(small: Path, tmp_path: Path, monkeypatch: 
                 pass
 
     asyncio.run(main())
-    assert [len(call.kwargs["interceptors"]) for call in made.call_args_list] == [0, 1]
+    assert [len(call.kwargs["interceptors"]) for call in create.call_args_list] == [0, 1]
 
 
 @pytest.fixture
 def keys(tmp_path: Path) -> tuple[Path, Path]:
-    """A private and a public key, made as the documentation says."""
+    """A private and a public key, as in the documentation."""
     private, public = tmp_path / "private.pem", tmp_path / "public.pem"
-    made = ed25519.Ed25519PrivateKey.generate()
-    private.write_bytes(made.private_bytes(*PEM))
-    public.write_bytes(made.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+    key = ed25519.Ed25519PrivateKey.generate()
+    private.write_bytes(key.private_bytes(*PEM))
+    public.write_bytes(key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
     return private, public
 
 
 @pytest.fixture
 def model(small: Path, tmp_path: Path) -> Path:
-    """The folder of a model that may be changed."""
+    """The folder of a model, for tests that change it."""
     return Path(shutil.copytree(small, tmp_path / "models")) / "fizzbuzz"
 
 
 def test_only_signed_models_start(model: Path, keys: tuple[Path, Path], tmp_path: Path) -> None:
-    """With --require-signed a model is served only as its signer has left it; without, the signature does not matter."""
+    """With --require-signed a model is served only as it was signed; without, the signature does not matter."""
     private, public = keys
     config, signature = Config(models=model.parent, require_signed=public), model / "card.json.sig"
     with pytest.raises(StartupError, match=f"{signature} cannot be read; --require-signed needs it"):
@@ -279,8 +279,8 @@ def test_only_signed_models_start(model: Path, keys: tuple[Path, Path], tmp_path
         sign_model(model, public)
 
 
-def test_a_model_that_is_not_whole_is_not_signed(model: Path, keys: tuple[Path, Path]) -> None:
-    """Nobody signs files that are not those of the card."""
+def test_a_damaged_model_is_not_signed(model: Path, keys: tuple[Path, Path]) -> None:
+    """A model with a file that differs from its card is not signed."""
     os.truncate(model / "model.onnx", 9)
     done = run("tercet", "sign", str(model), "--key", str(keys[0]), cwd=model, check=False)
     assert (done.returncode, "model.onnx is not the file that its card.json describes" in done.stdout) == (1, True)
@@ -288,7 +288,7 @@ def test_a_model_that_is_not_whole_is_not_signed(model: Path, keys: tuple[Path, 
 
 
 def test_only_signed_models_are_loaded(model: Path, keys: tuple[Path, Path]) -> None:
-    """A card that changes without a new signature is refused at reload, before it is parsed, and the old one goes on."""
+    """A card that changes without a new signature is refused at reload, before it is parsed; the old version is still served."""
     private, public = keys
     sign_model(model, private)
 
@@ -306,8 +306,8 @@ def test_only_signed_models_are_loaded(model: Path, keys: tuple[Path, Path]) -> 
     asyncio.run(main())
 
 
-def test_a_late_signature_is_noticed(model: Path, keys: tuple[Path, Path]) -> None:
-    """A new card that was refused for its signature is served once the right one is there."""
+def test_a_late_signature_is_accepted(model: Path, keys: tuple[Path, Path]) -> None:
+    """A new card that was refused for its signature is served once it has the right one."""
     private, public = keys
     sign_model(model, private)
 
