@@ -54,8 +54,8 @@ def test_reflection(channel: grpc.Channel) -> None:
     assert sorted(database.get_services()) == sorted(SERVICE_NAMES)
     for name in SERVICE_NAMES:
         assert pool.FindServiceByName(name).methods
-    found = pool.FindMessageTypeByName("inference.ModelInferRequest")
-    assert found.fields_by_name.keys() == ModelInferRequest.DESCRIPTOR.fields_by_name.keys()
+    message = pool.FindMessageTypeByName("inference.ModelInferRequest")
+    assert message.fields_by_name.keys() == ModelInferRequest.DESCRIPTOR.fields_by_name.keys()
 
 
 def test_sigterm_loses_nothing(workspace: Path, cards: dict[str, Card]) -> None:
@@ -207,7 +207,7 @@ def test_a_client_of_old_connections_notices_nothing(small: Path) -> None:
 
     def connections() -> tuple[int, ...]:
         """The local ports of this process's connections."""
-        return tuple(sorted(found.laddr.port for found in psutil.Process().net_connections("tcp") if found.status == "ESTABLISHED"))
+        return tuple(sorted(each.laddr.port for each in psutil.Process().net_connections("tcp") if each.status == "ESTABLISHED"))
 
     asyncio.run(main())
 
@@ -271,8 +271,8 @@ changes = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.syml
 def hook(event, args):
     opened = event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR)
     if opened or event in changes:
-        beside = event in ("os.remove", "os.rmdir") and args[1] != -1
-        folder = os.readlink(f"/proc/self/fd/{args[1]}") if beside else ""
+        in_folder = event in ("os.remove", "os.rmdir") and args[1] != -1
+        folder = os.readlink(f"/proc/self/fd/{args[1]}") if in_folder else ""
         os.write(log, f"{event} {folder} {args[0]!r}\\n".encode())
 sys.addaudithook(hook)
 """

@@ -1,4 +1,4 @@
-"""The settings: which values are accepted, and what is said of others."""
+"""The settings: which values are accepted, and the messages for others."""
 
 from dataclasses import fields
 from typing import Any

@@ -1,4 +1,4 @@
-"""What is counted, and what Prometheus gets: the right numbers, whatever the number of workers."""
+"""What a process counts, and what Prometheus gets with any number of workers."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def collected(memories: Sequence[MetricMemory]) -> CollectorRegistry:
 
 
 def test_model_statistics() -> None:
-    """A model's recorder counts requests, rows and batches with their times, and is the same each time it is asked for."""
+    """A model's recorder counts requests, rows and batches with their times, and there is one recorder per model."""
     telemetry = Telemetry()
     model = telemetry.model("fizzbuzz")
     model.request_waited(0.25)
@@ -50,14 +50,14 @@ def test_model_statistics() -> None:
 
 
 def test_buckets() -> None:
-    """A value is in the first bucket whose bound it does not exceed; what exceeds all is only in +Inf."""
+    """A value is in the first bucket whose bound it does not exceed; one above all bounds only in +Inf."""
     telemetry = Telemetry()
     for rows in (1, 2, 3, 4096, 4097):
         telemetry.model("mnist").batch_ran(rows, 1, 0.0)
     registry = collected([telemetry.memory])
     expected = {"1.0": 1, "2.0": 2, "4.0": 3, "2048.0": 3, "4096.0": 4, "+Inf": 5}
-    found = {bound: registry.get_sample_value("tercet_batch_rows_bucket", {"model": "mnist", "le": bound}) for bound in expected}
-    assert found == expected
+    samples = {bound: registry.get_sample_value("tercet_batch_rows_bucket", {"model": "mnist", "le": bound}) for bound in expected}
+    assert samples == expected
     assert registry.get_sample_value("tercet_batch_rows_sum", {"model": "mnist"}) == 8199
 
 
@@ -81,8 +81,8 @@ def test_a_replacement_goes_on_counting() -> None:
         assert counts == [1, 1, 1]
 
 
-def test_a_line_that_was_not_finished_is_written_over() -> None:
-    """What a process wrote of a key when it died is no metric, and does not disturb the next one."""
+def test_a_partial_key_is_overwritten() -> None:
+    """A key that a process had written in part when it died is not a metric, and the next one replaces it."""
     with TemporaryFile() as file:
         file.truncate(MEMORY_BYTES)
         memory = MetricMemory(file.fileno())
@@ -93,12 +93,12 @@ def test_a_line_that_was_not_finished_is_written_over() -> None:
         file.flush()
         again = MetricMemory(file.fileno())
         again.values("tercet_queue_rows", "mnist")[0] = 5
-        found = {key: values[0] for key, values in memory.items()}
-    assert found == {("tercet_failures_total", "Answer", "NOT_FOUND"): 1, ("tercet_queue_rows", "mnist"): 5}
+        samples = {key: values[0] for key, values in memory.items()}
+    assert samples == {("tercet_failures_total", "Answer", "NOT_FOUND"): 1, ("tercet_queue_rows", "mnist"): 5}
 
 
 def scraper(service: Service) -> Scrape:
-    """What the second line of a service's output leads to: every sample by its name and labels, as Prometheus writes them."""
+    """Read the address of the metrics from a service's output. Returns a function that gets all samples by name and labels."""
     assert service.process.stdout is not None
     url = service.process.stdout.readline().split(" at ")[1].strip()
 
@@ -116,41 +116,41 @@ def scraper(service: Service) -> Scrape:
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_calls_and_failures_are_counted(workspace: Path, workers: str) -> None:
-    """Requests, rows and batches add up, failures by their code, over all workers."""
+    """Requests, rows, batches and failures by code add up over all workers."""
     with serving(workspace / "models", "--metrics-port", "0", "--workers", workers) as service:
         scrape = scraper(service)
         for _ in range(6):
-            with Client(service.address) as client:  # each connection may reach another worker
+            with Client(service.address) as client:  # a connection may reach either worker
                 client.answer([3, 5])
                 client.infer("fizzbuzz", [1, 2, 3])
                 with pytest.raises(grpc.RpcError):
                     client.answer([])
                 with pytest.raises(grpc.RpcError):
                     client.infer("nosuch", [1])
-        found = scrape()
-    assert found["tercet_request_seconds_count method=Answer"] == 6
-    assert found["tercet_request_seconds_count method=ModelInfer"] == 6
-    assert found["tercet_failures_total code=INVALID_ARGUMENT method=Answer"] == 6
-    assert found["tercet_failures_total code=NOT_FOUND method=ModelConfig"] == 6
-    assert found["tercet_queue_seconds_count model=fizzbuzz"] == 12
-    assert found["tercet_batch_rows_count model=fizzbuzz"] == found["tercet_compute_seconds_count model=fizzbuzz"] == 12
-    assert found["tercet_batch_rows_sum model=fizzbuzz"] == 30
-    assert 0 < found["tercet_compute_seconds_sum model=fizzbuzz"] < found["tercet_request_seconds_sum method=Answer"] * 10
-    assert found["tercet_queue_rows model=fizzbuzz"] == 0
+        samples = scrape()
+    assert samples["tercet_request_seconds_count method=Answer"] == 6
+    assert samples["tercet_request_seconds_count method=ModelInfer"] == 6
+    assert samples["tercet_failures_total code=INVALID_ARGUMENT method=Answer"] == 6
+    assert samples["tercet_failures_total code=NOT_FOUND method=ModelConfig"] == 6
+    assert samples["tercet_queue_seconds_count model=fizzbuzz"] == 12
+    assert samples["tercet_batch_rows_count model=fizzbuzz"] == samples["tercet_compute_seconds_count model=fizzbuzz"] == 12
+    assert samples["tercet_batch_rows_sum model=fizzbuzz"] == 30
+    assert 0 < samples["tercet_compute_seconds_sum model=fizzbuzz"] < samples["tercet_request_seconds_sum method=Answer"] * 10
+    assert samples["tercet_queue_rows model=fizzbuzz"] == 0
 
 
 @pytest.mark.slow
 def test_a_dead_worker_leaves_its_counts(workspace: Path) -> None:
-    """What a killed worker counted stays in the sums, and its replacement is counted."""
+    """The counts of a killed worker stay in the sums, and its replacement is counted."""
     with serving(workspace / "models", "--metrics-port", "0", "--workers", "2") as service:
         scrape = scraper(service)
         with Client(service.address) as client:
             client.answer([3])
         for worker in psutil.Process(service.process.pid).children():
             os.kill(worker.pid, signal.SIGKILL)
-        while (found := scrape())["tercet_worker_restarts_total"] < 2:
+        while (samples := scrape())["tercet_worker_restarts_total"] < 2:
             pass
-    assert found["tercet_request_seconds_count method=Answer"] == 1
+    assert samples["tercet_request_seconds_count method=Answer"] == 1
 
 
 @pytest.mark.slow
@@ -163,13 +163,13 @@ def test_every_metric_is_described(workspace: Path) -> None:
             client.answer([3])
             with pytest.raises(grpc.RpcError):
                 client.answer([])
-        told = {re.sub(r"_(count|sum|bucket|created)$", "", name.partition(" ")[0]) for name in scrape()}
-    assert {name for name in told if name != "tercet_worker_restarts"} == described
+        exposed = {re.sub(r"_(count|sum|bucket|created)$", "", name.partition(" ")[0]) for name in scrape()}
+    assert {name for name in exposed if name != "tercet_worker_restarts"} == described
 
 
 @pytest.mark.slow
 def test_a_taken_port_is_named(workspace: Path) -> None:
-    """The service does not start without the metrics that it was told to give."""
+    """A metrics port in use is an error at startup that names it."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         command = [str(BIN / "tercet"), "serve", "--port", "0", "--metrics-port", port]
@@ -188,29 +188,29 @@ def expressions() -> list[str]:
     return [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]] + for_autoscaler
 
 
-def test_the_dashboard_shows_what_is_described() -> None:
-    """Every query names metrics of docs/metrics.md only, and every metric there is in a query."""
+def test_the_dashboard_shows_every_metric() -> None:
+    """The queries use every metric in docs/metrics.md, and no other."""
     described = set(re.findall(r"^\| `(\w+)`", (REPOSITORY / "docs/metrics.md").read_text(), flags=re.MULTILINE))
     shown = {re.sub(r"_(count|sum|bucket)$", "", name) for query in expressions() for name in re.findall(r"tercet_\w+", query)}
     assert shown == described
 
 
 def test_promtool_accepts_every_query(tmp_path: Path) -> None:
-    """Every query is one that Prometheus understands."""
+    """Prometheus accepts every query."""
     if not (promtool := shutil.which("promtool")):
         pytest.skip("promtool is not installed; Debian's package prometheus has it")
     queries = [query.replace("$__rate_interval", "1m") for query in expressions()]
     rules = [{"record": f"query_{index}", "expr": query} for index, query in enumerate(queries)]
     (tmp_path / "rules.yaml").write_text(yaml.safe_dump({"groups": [{"name": "dashboard", "rules": rules}]}))
     assert (
-        f"SUCCESS: {len(rules)} rules found" in run(promtool, "check", "rules", str(tmp_path / "rules.yaml"), cwd=tmp_path).stdout
+        f"SUCCESS: {len(rules)} rules samples" in run(promtool, "check", "rules", str(tmp_path / "rules.yaml"), cwd=tmp_path).stdout
     )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_promtool_has_no_complaint(workspace: Path, workers: str) -> None:
-    """What Prometheus is told is well formed and named as it wants names to be."""
+def test_promtool_accepts_the_metrics(workspace: Path, workers: str) -> None:
+    """The metrics are well formed and named as Prometheus recommends."""
     if not (promtool := shutil.which("promtool")):
         pytest.skip("promtool is not installed; Debian's package prometheus has it")
     with serving(workspace / "models", "--metrics-port", "0", "--workers", workers) as service:
@@ -221,6 +221,6 @@ def test_promtool_has_no_complaint(workspace: Path, workers: str) -> None:
             with pytest.raises(grpc.RpcError):
                 client.infer("nosuch", [1])
         with urllib.request.urlopen(url) as response:  # noqa: S310  our own
-            told = response.read().decode()
-    done = subprocess.run([promtool, "check", "metrics"], input=told, capture_output=True, text=True, check=False)
+            exposed = response.read().decode()
+    done = subprocess.run([promtool, "check", "metrics"], input=exposed, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

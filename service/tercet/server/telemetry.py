@@ -158,7 +158,7 @@ class Telemetry:
 
 
 class MetricsCollector:
-    """Gives prometheus_client the metrics of several processes, added up."""
+    """Gives prometheus_client the sums of the metrics of several processes."""
 
     def __init__(self, memories: Sequence[MetricMemory]) -> None:
         self._memories = memories
