@@ -27,8 +27,8 @@ if _version_not_supported:
 
 
 class FizzBuzzStub:
-    """FizzBuzz as a service. The model `fizzbuzz` answers 0 to 1023. `fizzbuzz_any` answers every other 64-bit integer, negative ones by
-    their magnitude; when it is not loaded, they are an error.
+    """FizzBuzz as a service. The model `fizzbuzz` answers 0 to 1023. `fizzbuzz_any` answers every other 64-bit integer, negative ones
+    by their magnitude; when it is not loaded, they are an error.
     """
 
     def __init__(self, channel):
@@ -50,8 +50,8 @@ class FizzBuzzStub:
 
 
 class FizzBuzzServicer:
-    """FizzBuzz as a service. The model `fizzbuzz` answers 0 to 1023. `fizzbuzz_any` answers every other 64-bit integer, negative ones by
-    their magnitude; when it is not loaded, they are an error.
+    """FizzBuzz as a service. The model `fizzbuzz` answers 0 to 1023. `fizzbuzz_any` answers every other 64-bit integer, negative ones
+    by their magnitude; when it is not loaded, they are an error.
     """
 
     def Answer(self, request, context):
@@ -90,8 +90,8 @@ def add_FizzBuzzServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class FizzBuzz:
-    """FizzBuzz as a service. The model `fizzbuzz` answers 0 to 1023. `fizzbuzz_any` answers every other 64-bit integer, negative ones by
-    their magnitude; when it is not loaded, they are an error.
+    """FizzBuzz as a service. The model `fizzbuzz` answers 0 to 1023. `fizzbuzz_any` answers every other 64-bit integer, negative ones
+    by their magnitude; when it is not loaded, they are an error.
     """
 
     @staticmethod
