@@ -203,7 +203,7 @@ def test_promtool_accepts_every_query(tmp_path: Path) -> None:
     rules = [{"record": f"query_{index}", "expr": query} for index, query in enumerate(queries)]
     (tmp_path / "rules.yaml").write_text(yaml.safe_dump({"groups": [{"name": "dashboard", "rules": rules}]}))
     assert (
-        f"SUCCESS: {len(rules)} rules samples" in run(promtool, "check", "rules", str(tmp_path / "rules.yaml"), cwd=tmp_path).stdout
+        f"SUCCESS: {len(rules)} rules found" in run(promtool, "check", "rules", str(tmp_path / "rules.yaml"), cwd=tmp_path).stdout
     )
 
 
