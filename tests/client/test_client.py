@@ -32,7 +32,7 @@ from tercet.proto.inference_pb2 import DataType, ModelConfig, ModelConfigRequest
 from tercet.proto.inference_pb2_grpc import GRPCInferenceServiceServicer, add_GRPCInferenceServiceServicer_to_server
 
 from tests.conftest import REPOSITORY, Service, run, serving
-from tests.server.test_safety import issue
+from tests.server.test_security import issue
 
 LIMIT = 10  # rows of a request
 SERVING, NOT_SERVING = HealthCheckResponse.SERVING, HealthCheckResponse.NOT_SERVING

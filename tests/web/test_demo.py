@@ -245,7 +245,7 @@ def test_fields_tell_units_and_ranges(page: Page, workspace: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "sentence"), [("high", "'high' is no number"), ("<b>", "'<b>' is no number"), ("-1", "-1 is outside what glucose")]
+    ("value", "sentence"), [("high", "'high' is no number"), ("<b>", "'<b>' is no number"), ("-1", "glucose_mg_per_dl must be")]
 )
 def test_bad_measurements_are_answered_with_a_sentence(page: Page, value: str, sentence: str) -> None:
     """What cannot be a measurement is never taken for a gap."""

@@ -33,8 +33,8 @@ from tercet.cli.options import (
 )
 from tercet.client import Client
 from tercet.errors import StartupError
-from tercet.server import logs
 from tercet.server.config import Config
+from tercet.server.telemetry import configure_logging
 
 INT64 = click.IntRange(predict_.INT64[0], predict_.INT64[-1])
 TRY = {
@@ -81,7 +81,7 @@ def serve(**options: Any) -> None:
       tercet serve --engine torch --device cuda
       tercet serve --workers 2 --port 0 --metrics-port 0
     """  # noqa: D301
-    logs.configure(options["log_format"])
+    configure_logging(options["log_format"])
     try:
         import uvloop  # noqa: PLC0415  the other commands do without the server's packages
 
@@ -204,11 +204,10 @@ def models(name: str | None, folder: Path, *, as_json: bool) -> None:
       tercet models diabetes
       tercet models --json | jq .metrics
     """  # noqa: D301
-    from tercet.card import read_card  # noqa: PLC0415
-    from tercet.server.repository import find, is_trained  # noqa: PLC0415
+    from tercet.card import find_models, is_trained, read_card  # noqa: PLC0415
 
     try:
-        names = [name] if name else find(folder)
+        names = [name] if name else find_models(folder)
         cards = {each: read_card(folder / each) if name or is_trained(folder / each) else None for each in names}
     except StartupError as error:
         raise Refusal(str(error)) from None
@@ -257,10 +256,10 @@ def sign(folders: tuple[Path, ...], key: Path) -> None:
       tercet sign models/mnist models/fizzbuzz --key private.pem
     """  # noqa: D301
     try:
-        from tercet.server.signature import sign as sign_  # noqa: PLC0415
+        from tercet.server.security import sign_model  # noqa: PLC0415
 
         for folder in folders:
-            click.echo(sign_(folder, key))
+            click.echo(sign_model(folder, key))
     except ImportError as error:
         raise Refusal(f"signatures need cryptography: pip install 'tercet[serve]' ({error})") from None
     except StartupError as error:
