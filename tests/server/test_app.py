@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_health(channel: grpc.Channel) -> None:
-    """Health knows every model by its name, and all of them by none."""
+    """Health reports every model by its name, and the server by the empty name."""
     stub = health_pb2_grpc.HealthStub(channel)
     for name in ("", *models.names()):
         assert stub.Check(health_pb2.HealthCheckRequest(service=name)).status == health_pb2.HealthCheckResponse.SERVING
@@ -37,7 +37,7 @@ def test_health(channel: grpc.Channel) -> None:
 
 
 def test_reflection(channel: grpc.Channel) -> None:
-    """Reflection lists every service, describes its methods, and a message down to its fields."""
+    """Reflection lists every service, its methods, and the fields of a message."""
     database = ProtoReflectionDescriptorDatabase(channel)
     pool = DescriptorPool(database)
     assert sorted(database.get_services()) == sorted(SERVICE_NAMES)
@@ -48,7 +48,7 @@ def test_reflection(channel: grpc.Channel) -> None:
 
 
 def test_sigterm_loses_nothing(workspace: Path, cards: dict[str, Card]) -> None:
-    """What is in flight when SIGTERM comes is answered; a call is refused only if it was never accepted; the exit code is 0."""
+    """Calls in flight at SIGTERM are answered; only calls that were never accepted fail; the exit code is 0."""
     card = cards["mnist"]
     rows = np.resize(card.example_rows(), (512, *card.input.shape))
     request = ModelInferRequest(model_name="mnist", raw_input_contents=[rows.tobytes()])
@@ -71,7 +71,7 @@ def test_sigterm_loses_nothing(workspace: Path, cards: dict[str, Card]) -> None:
 
 
 def test_token(workspace: Path, tmp_path: Path) -> None:
-    """With --token-file every call but health needs the token; a wrong one is as good as none."""
+    """With --token-file every call except health needs a valid token."""
     token = secrets.token_hex()
     (tmp_path / "token").write_text(f"{token}\n")
     with serving(workspace / "models", "--token-file", str(tmp_path / "token")) as service:
@@ -109,17 +109,17 @@ def test_token(workspace: Path, tmp_path: Path) -> None:
     ],
 )
 def test_wrong_flags(workspace: Path, flags: list[str], text: str) -> None:
-    """A flag or value that cannot be is refused in one sentence that says what can."""
+    """An invalid flag or value is an error in one sentence that says what is valid."""
     assert text in refusal("--models", str(workspace / "models"), "--port", "0", *flags)
 
 
 def test_wrong_environment() -> None:
-    """A value from the environment is refused as a flag is, and the sentence names the variable."""
+    """An invalid value from the environment is an error that names the variable."""
     assert "env var: 'TERCET_PORT'" in refusal(TERCET_PORT="x")
 
 
 def test_port_in_use(workspace: Path) -> None:
-    """A port that is taken is named, with what to do, and the exit code is not 0."""
+    """A port that is in use is an error that says what to do."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         said = refusal("--models", str(workspace / "models"), "--port", str(port))
