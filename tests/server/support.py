@@ -1,4 +1,4 @@
-"""What several test modules of the server use."""
+"""Helpers for several test modules of the server."""
 
 import asyncio
 import io
@@ -44,25 +44,25 @@ PIXELS = bytes(28 * 28)
 
 
 def refused(call: Callable[[], Any]) -> Any:
-    """The error that a call ends with."""
+    """Return the error of a call that fails."""
     with pytest.raises(grpc.RpcError) as caught:
         call()
     return caught.value
 
 
 def unpack(error: Any, kind: Any) -> list[Any]:
-    """The details of one kind that an error carries."""
+    """The google.rpc details of one kind in an error."""
     found, status = kind(), rpc_status.from_call(error)
     return [found for detail in status.details if detail.Unpack(found)] if status else []
 
 
 def fields(error: Any) -> list[str]:
-    """The fields that an error complains of."""
+    """The fields that an error names."""
     return [violation.field for details in unpack(error, BadRequest) for violation in details.field_violations]
 
 
 def infer_request(card: Card, rows: Rows) -> ModelInferRequest:
-    """A request that is right, with raw contents."""
+    """A valid request with raw contents."""
     request = ModelInferRequest(model_name=card.name, raw_input_contents=[rows.tobytes()])
     request.inputs.add(name=card.input.name, datatype=card.input.datatype, shape=rows.shape)
     return request
@@ -95,7 +95,7 @@ def reflect(channel: grpc.Channel) -> Any:
 
 
 class HeldEngine:
-    """Says `number` to every row of fizzbuzz, when the test lets it."""
+    """Answers every row with `number`, once the test sets `open`."""
 
     platform, device = "held", "cpu"
 
@@ -114,7 +114,7 @@ class HeldEngine:
 
 
 class Visits:
-    """Counts the calls that come to a batcher's queue and leave it, however they leave."""
+    """Semaphores for the requests that reach a batcher and leave it, in whatever way."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.came, self.left = asyncio.Semaphore(0), asyncio.Semaphore(0)
@@ -143,7 +143,7 @@ async def inside(folder: Path, **settings: Any) -> AsyncIterator[tuple[Server, A
 
 
 def refusal(*flags: str, **environment: str) -> str:
-    """What `tercet serve` says last when it refuses to start: a sentence, and never a traceback."""
+    """The last line of `tercet serve` when it does not start; there must be no traceback."""
     done = run(str(BIN / "tercet"), "serve", *flags, cwd=Path("/"), check=False, **environment)
     assert done.returncode in (1, 2), done.stdout
     assert "Traceback" not in done.stdout
@@ -151,24 +151,24 @@ def refusal(*flags: str, **environment: str) -> str:
 
 
 def answers(card: Card) -> Rows:
-    """The probabilities of a card's examples, (examples, classes)."""
+    """The outputs of a card's examples, (examples, classes)."""
     return np.array([example.output for example in card.examples])
 
 
 def labels(card: Card) -> list[str]:
-    """The labels that the model of a card gives its examples."""
+    """The predicted labels of a card's examples."""
     return [card.labels[i] for i in answers(card).argmax(axis=1)]
 
 
 def encoded(picture: Image.Image, kind: str = "PNG") -> bytes:
-    """The bytes of a picture's file."""
+    """The bytes of an image file."""
     file = io.BytesIO()
     picture.save(file, kind)
     return file.getvalue()
 
 
 def four(width: int = 120, height: int = 180, *, mode: str = "L", paper: object = 255, ink: object = 0) -> Image.Image:
-    """A 4, drawn out of the middle, with strokes a tenth of the picture wide."""
+    """A 4, drawn off centre, with strokes a tenth of the image wide."""
     picture = Image.new(mode, (width, height), paper)  # type: ignore[arg-type]
     corners = [(0.5, 0.1), (0.1, 0.5), (0.6, 0.5), (0.5, 0.1), (0.5, 0.8)]
     ImageDraw.Draw(picture).line([(x * width, y * height) for x, y in corners], fill=ink, width=width // 10)  # type: ignore[arg-type]
@@ -176,7 +176,7 @@ def four(width: int = 120, height: int = 180, *, mode: str = "L", paper: object 
 
 
 def bomb(width: int, height: int, colour: int = 0) -> bytes:
-    """A PNG that claims a size and has no pixels at all: reading them is an error of another text."""
+    """A PNG whose header claims a size and that has no pixels: decoding it is a different error."""
     header = struct.pack(">IIBBBBB", width, height, 8, colour, 0, 0, 0)
     chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")]
     parts = [struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks]

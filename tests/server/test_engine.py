@@ -70,7 +70,7 @@ def test_smallest_batch_that_takes_long_enough(monkeypatch: pytest.MonkeyPatch, 
 
 @pytest.mark.parametrize("most", [1, 7, 32, 100, 128])
 def test_no_batch_is_larger_than_allowed(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
-    """Where even the largest batch allowed is quick, that one is chosen, and no larger one is tried."""
+    """When even the largest allowed batch is fast, it is chosen, and no larger one is tried."""
     limits, sizes = calibrated(monkeypatch, most, 1e-9)
     assert (limits.max_batch_rows, sizes[-1]) == (most, most)
 
@@ -86,7 +86,7 @@ def test_inline_rows(monkeypatch: pytest.MonkeyPatch, device: str, per_row: floa
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_model_must_return_the_outputs_in_its_card(workspace: Path, engine: str) -> None:
-    """A model whose outputs differ from those in its card by more than the last digits is refused, with its folder."""
+    """A model whose outputs differ from those in its card by more than rounding is refused; the error names its folder."""
     folder, config = workspace / "models" / "fizzbuzz", Config(engine=engine, device="cpu")
     card = read_card(folder)
     assert load_engine(folder, card, config).run(card.example_rows()).shape == (len(card.examples), *card.output.shape)
@@ -99,7 +99,7 @@ def test_model_must_return_the_outputs_in_its_card(workspace: Path, engine: str)
 
 @pytest.mark.slow
 def test_onnxruntime_keeps_to_itself(tmp_path: Path) -> None:
-    """Its telemetry, which is on by default, is off: it leaves no id in the user's home, from where it would be sent on."""
+    """Its telemetry, on by default, is off: it leaves no id in the user's home."""
     for ours in ("tercet.server.engine", "pipeline.evaluate"):
         code = f"import {ours}, onnxruntime; onnxruntime.InferenceSession"
         run("env", "-u", "CI", "-u", "ORT_DISABLE_TELEMETRY", f"HOME={tmp_path}", sys.executable, "-c", code, cwd=REPOSITORY)
@@ -108,7 +108,7 @@ def test_onnxruntime_keeps_to_itself(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_device_is_logged_once(workspace: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Why models run on the CPU, or a GPU, is logged once, however many there are."""
+    """The device and its reason are logged once for all models."""
     caplog.set_level(logging.INFO)
     _log_device_once.cache_clear()
     for name in ("diabetes", "fizzbuzz"):
@@ -146,7 +146,7 @@ def test_serves_without_torch(workspace: Path, tmp_path: Path, cards: dict[str, 
 @pytest.mark.parametrize("name", models.names())
 @pytest.mark.parametrize("engine", ENGINES)
 def test_cuda_gives_the_answers_of_the_cpu(workspace: Path, cards: dict[str, Card], name: str, engine: str) -> None:
-    """On CUDA an engine gives what it gives on the CPU, at any batch size."""
+    """An engine returns the same on CUDA and on the CPU, at any batch size."""
     if not pytest.importorskip("torch").cuda.is_available():
         pytest.skip("no NVIDIA GPU")
     folder, card = workspace / "models" / name, cards[name]

@@ -1,4 +1,4 @@
-"""The status codes of a call that waits, and of a model that is not trained."""
+"""The status codes of calls that wait, and of models that are not trained."""
 
 import asyncio
 import shutil
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_full_queue(workspace: Path, engine: HeldEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A full queue refuses at once, tells when to try again, and those that wait are answered."""
+    """A full queue refuses at once and says when to retry; the waiting requests are answered."""
 
     async def main() -> None:
         visits = Visits(monkeypatch)
@@ -76,7 +76,7 @@ def test_left_while_queued(
     cancel: bool,
     code: StatusCode,
 ) -> None:
-    """A call that ends while it waits, by its deadline, the queue's or its client, has its code and is never started."""
+    """A call that ends while waiting, by its deadline, the queue timeout or its client, gets the right code and never runs."""
 
     async def main() -> None:
         visits = Visits(monkeypatch)
@@ -99,7 +99,7 @@ def test_left_while_queued(
 
 
 def test_known_but_not_trained(workspace: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A model that has only its contract is UNAVAILABLE and not ready, says what to do, and does not disturb the others."""
+    """A model without a card is UNAVAILABLE and not ready, its error says what to do, and other models are served."""
     shutil.copytree(workspace / "models" / "fizzbuzz", tmp_path / "fizzbuzz")
     (tmp_path / "mnist").mkdir()
     shutil.copy(workspace / "models" / "mnist" / "contract.py", tmp_path / "mnist")

@@ -20,7 +20,7 @@ from tests.server.support import bomb, encoded, fields, four, refused
 
 
 def pixels(content: bytes) -> Rows:
-    """What is read from a file, as signed numbers."""
+    """The pixels of a file, as signed numbers."""
     rows = decode_image(content, "image")
     assert rows.shape == (SIDE, SIDE)
     assert rows.dtype == np.uint8
@@ -28,12 +28,12 @@ def pixels(content: bytes) -> Rows:
 
 
 def transparent() -> Image.Image:
-    """Black ink on nothing, whose hidden colour is black too."""
+    """Black ink on a transparent background whose hidden colour is black too."""
     return four(mode="RGBA", paper=(0, 0, 0, 0), ink=(0, 0, 0, 255))
 
 
 def sideways() -> bytes:
-    """A photo that was taken with the camera turned, as its EXIF data tell."""
+    """A photo taken with a rotated camera, according to its EXIF data."""
     exif, file = Image.Exif(), io.BytesIO()
     exif[0x0112] = 6  # orientation: turn by 90 degrees to see it upright
     four().transpose(Image.Transpose.ROTATE_90).save(file, "JPEG", exif=exif, quality=95)
@@ -59,7 +59,7 @@ SAME = {
 
 @pytest.mark.parametrize("case", SAME)
 def test_same_digit_however_it_is_kept(case: str) -> None:
-    """Colours, transparency, format, orientation and size of a picture change next to nothing in what is read."""
+    """Colours, transparency, format, orientation and size of an image hardly change the pixels."""
     expected = pixels(encoded(four()))
     assert np.corrcoef(expected.ravel(), pixels(SAME[case]).ravel())[0, 1] > 0.95
 
@@ -78,7 +78,7 @@ def test_centred(width: int, height: int, turn: Image.Transpose | None) -> None:
 
 @pytest.mark.parametrize("invert", [False, True])
 def test_kept_as_it_is(*, invert: bool) -> None:
-    """A picture of 28 x 28 pixels is not moved or scaled; only its polarity is set right."""
+    """An image of 28 x 28 pixels is not moved or scaled; only its polarity is normalised."""
     field = np.zeros((SIDE, SIDE), np.uint8)
     field[3:9, 5:20] = np.arange(100, 190).reshape(6, 15)
     np.testing.assert_array_equal(pixels(encoded(Image.fromarray(255 - field if invert else field))), field)
@@ -110,7 +110,7 @@ NO_DIGIT = {
 
 @pytest.mark.parametrize("case", NO_DIGIT)
 def test_no_digit(case: str) -> None:
-    """What is no picture, too large (told from its header alone) or blank is refused with the field, and what would be right."""
+    """An unreadable, too large (by its header alone) or blank image is an error that names the field and what would be right."""
     content, text = NO_DIGIT[case]
     with pytest.raises(InvalidInputError, match=text) as caught:
         decode_image(content, "images[3].encoded")

@@ -1,4 +1,4 @@
-"""New model files take over under the eyes of a client; what is not fit to be served changes nothing."""
+"""Loading and reloading: new files are served without a failed request, and files that do not pass change nothing."""
 
 import hashlib
 import json
@@ -39,7 +39,7 @@ SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.Health
 
 
 def place(source: Path, target: Path) -> None:
-    """Put a model's files into a folder, each at once, as `dvc checkout` does; the card comes last."""
+    """Put a model's files into a folder, each atomically, as `dvc checkout` does; the card comes last."""
     target.mkdir(parents=True, exist_ok=True)
     for name in reversed(FILES):
         shutil.copyfile(source / name, target / f"{name}.new")
@@ -47,7 +47,7 @@ def place(source: Path, target: Path) -> None:
 
 
 def forge(folder: Path, change: Callable[[dict[str, Any]], Any] = lambda _: None) -> None:
-    """Change the card and make it name the files that lie there now."""
+    """Change the card and update its hashes to the files in the folder."""
     card = json.loads((folder / "card.json").read_text())
     for name in FILES[1:]:
         if (folder / name).is_file():
@@ -57,7 +57,7 @@ def forge(folder: Path, change: Callable[[dict[str, Any]], Any] = lambda _: None
 
 
 def other_answers(folder: Path) -> None:
-    """Make another good version: one weight of the graph differs, and the card has the answers."""
+    """Make another valid version: one weight of the graph differs, and the card has its outputs."""
     edit(lambda graph: scale(graph, 0.5))(folder)
     card, session = read_card(folder), onnxruntime.InferenceSession(folder / "model.onnx")
     [answers] = session.run(None, {card.input.name: card.example_rows()})
@@ -70,7 +70,7 @@ def other_answers(folder: Path) -> None:
 
 
 def expected(folder: Path) -> Rows:
-    """The answers of a folder's card to its examples."""
+    """The outputs of the examples in a folder's card."""
     return np.array([example.output for example in read_card(folder).examples])
 
 
@@ -85,7 +85,7 @@ def versions(workspace: Path, tmp_path: Path) -> tuple[Path, Path]:
 
 
 class Asking:
-    """A client that asks all the time, over a connection of its own, and writes down every answer and error."""
+    """A client that sends requests all the time, over its own connection, and records every output and error."""
 
     def __init__(self, address: str, rows: Rows) -> None:
         self.answers: list[Rows] = []
@@ -111,12 +111,12 @@ class Asking:
 
 
 def is_near(answers: Rows, right: Rows) -> bool:
-    """Whether answers are these."""
+    """Whether outputs are equal, except for rounding."""
     return np.allclose(answers, right, rtol=0, atol=1e-5)
 
 
 def test_new_files_take_over_and_old_ones_come_back(workspace: Path, tmp_path: Path) -> None:
-    """Files put in place are served without a failed request or a wrong answer, and so are the old ones put back."""
+    """New files are served without a failed request or a wrong output, and so are the old ones when they are put back."""
     old, new = versions(workspace, tmp_path)
     place(old, folder := tmp_path / "models" / MODEL)
     rows, both = read_card(old).example_rows(), [expected(old), expected(new)]
@@ -129,7 +129,7 @@ def test_new_files_take_over_and_old_ones_come_back(workspace: Path, tmp_path: P
 
 
 def test_all_workers_follow(workspace: Path, tmp_path: Path) -> None:
-    """SIGHUP, and a load or unload that one worker was asked for, reach every worker, and one that is started later too."""
+    """SIGHUP, and a load or unload by one worker, reach every worker, including one that is started later."""
     old, new = versions(workspace, tmp_path)
     shutil.copytree(workspace / "models" / "fizzbuzz", tmp_path / "models" / "fizzbuzz")
     place(old, folder := tmp_path / "models" / MODEL)
@@ -165,7 +165,7 @@ def test_all_workers_follow(workspace: Path, tmp_path: Path) -> None:
 
 
 def clients(service: Service) -> list[Any]:
-    """Triton's clients, so many that each of two workers has a connection."""
+    """Triton's clients, enough for each of two workers to have a connection."""
     found: list[Any] = []
 
     def more() -> bool:
@@ -178,7 +178,7 @@ def clients(service: Service) -> list[Any]:
 
 
 def ask(client: Any, rows: Rows, folder: Path) -> Rows:
-    """The answers of the service to rows of the model of a folder."""
+    """The service's output for rows of the model in a folder."""
     card = read_card(folder)
     tensor = triton.InferInput(card.input.name, rows.shape, card.input.datatype)
     tensor.set_data_from_numpy(rows)
@@ -187,7 +187,7 @@ def ask(client: Any, rows: Rows, folder: Path) -> Rows:
 
 
 def test_a_model_that_appears_is_served(workspace: Path, tmp_path: Path) -> None:
-    """A folder that comes later is found and served, health and index say so, and it may go and come back with all the others."""
+    """A folder that appears later is served, health and index report it, and the whole models folder may vanish and return."""
     shutil.copytree(workspace / "models" / "fizzbuzz", tmp_path / "models" / "fizzbuzz")
     with serving(tmp_path / "models", "--watch", "0.02") as service, grpc.insecure_channel(service.address) as channel:
         with triton.InferenceServerClient(service.address) as client:
@@ -208,12 +208,12 @@ def test_a_model_that_appears_is_served(workspace: Path, tmp_path: Path) -> None
 
 
 def reasons(client: Any) -> dict[str, str]:
-    """Why each model of the index is not served as it lies there."""
+    """The reason of each model in the repository index."""
     return {model.name: model.reason for model in client.get_model_repository_index().models}
 
 
 class Refusing(NamedTuple):
-    """A service that follows no files by itself, Triton's client of it, and what lies in its folder when all is well."""
+    """A service that does not watch its files, Triton's client of it, and the valid files of its model."""
 
     client: Any
     folder: Path
@@ -236,7 +236,7 @@ def refusing(workspace: Path, place_: Path, engine: str) -> Iterator[Refusing]:
 
 @pytest.fixture(scope="module")
 def services(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Refusing]]:
-    """One service an engine."""
+    """One service per engine."""
     with (
         refusing(workspace, tmp_path_factory.mktemp("onnxruntime"), "onnxruntime") as onnx_,
         refusing(workspace, tmp_path_factory.mktemp("torch"), "torch") as torch_,
@@ -248,7 +248,7 @@ Change = Callable[[Path], Any]
 
 
 def edit(change: Callable[[onnx.ModelProto], Any]) -> Change:
-    """Change the graph, and let the card name the new file."""
+    """Change the graph and update the card."""
 
     def edited(folder: Path) -> None:
         model = onnx.load(folder / "model.onnx")
@@ -281,7 +281,7 @@ def rename(kind: str) -> Callable[[onnx.ModelProto], None]:
 
 
 def to_double(model: onnx.ModelProto) -> None:
-    """Let a graph answer with FP64; the numbers stay the same."""
+    """Make a graph return FP64; the numbers stay the same."""
     [output] = model.graph.output
     name, output.name = output.name, output.name
     for node in model.graph.node:
@@ -304,13 +304,13 @@ def more(kind: str) -> Callable[[onnx.ModelProto], None]:
 
 
 def fixed(model: onnx.ModelProto) -> None:
-    """Let a graph take batches of one size only."""
+    """Make a graph accept batches of one size only."""
     for tensor in (*model.graph.input, *model.graph.output):
         tensor.type.tensor_type.shape.dim[0].dim_value = 1
 
 
 def columns(model: onnx.ModelProto) -> None:
-    """Let a graph take another number of columns, and use the first eight of them."""
+    """Make a graph take nine columns and use the first eight."""
     [given] = model.graph.input
     for node in model.graph.node:
         node.input[:] = ["eight" if each == given.name else each for each in node.input]
@@ -332,8 +332,8 @@ def external(location: str) -> Callable[[onnx.ModelProto], None]:
     return moved
 
 
-def with_weights_beside(location: str) -> Change:
-    """A graph whose weights lie beside it, in a file that is there and right."""
+def with_external_weights(location: str) -> Change:
+    """A graph whose weights are in another file, which exists and is right."""
 
     def split(folder: Path) -> None:
         weight = max(onnx.load(folder / "model.onnx").graph.initializer, key=lambda part: part.ByteSize())
@@ -344,7 +344,7 @@ def with_weights_beside(location: str) -> Change:
 
 
 def write(name: str, content: Callable[[bytes], bytes], *, honest: bool = False) -> Change:
-    """Change the bytes of a file; honest is who names the new file in the card."""
+    """Change the bytes of a file; `honest` updates the card."""
 
     def written(folder: Path) -> None:
         (folder / name).write_bytes(content((folder / name).read_bytes()))
@@ -360,7 +360,7 @@ def cut(share: float) -> Callable[[bytes], bytes]:
 
 
 def flip(share: float) -> Callable[[bytes], bytes]:
-    """Turn one bit of the byte so far into a file."""
+    """Flip one bit at a position in a file."""
 
     def flipped(content: bytes) -> bytes:
         found = bytearray(content)
@@ -371,7 +371,7 @@ def flip(share: float) -> Callable[[bytes], bytes]:
 
 
 def card_says(change: Callable[[dict[str, Any]], Any]) -> Change:
-    """A card that is changed and names the files rightly."""
+    """Change the card, with the right hashes."""
     return lambda folder: forge(folder, change)
 
 
@@ -381,7 +381,7 @@ def set_example(key: str, value: Any) -> Change:
 
 
 def state(change: Callable[[dict[str, torch.Tensor]], Any]) -> Change:
-    """Save what a change makes of the state_dict as model.pt, and let the card name it."""
+    """Change the state_dict in model.pt and update the card."""
 
     def saved(folder: Path) -> None:
         torch.save(change(torch.load(folder / "model.pt", weights_only=True)), folder / "model.pt")
@@ -391,13 +391,13 @@ def state(change: Callable[[dict[str, torch.Tensor]], Any]) -> Change:
 
 
 def graph_as_state(folder: Path) -> None:
-    """The graph under the state's name."""
+    """Save the graph as model.pt."""
     shutil.copyfile(folder / "model.onnx", folder / "model.pt")
     forge(folder)
 
 
 class Evil:
-    """What a pickle does when it is loaded as one."""
+    """A pickle that creates a folder when it is loaded."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -407,7 +407,7 @@ class Evil:
 
 
 def evil(folder: Path, *, zipped: bool) -> None:
-    """A model.pt that makes a folder when it is loaded as a pickle."""
+    """Save a malicious pickle as model.pt."""
     if zipped:
         torch.save({"weight": Evil(folder / "evil")}, folder / "model.pt")
     else:
@@ -428,7 +428,7 @@ def foreign(name: str, *files: str) -> Change:
 
 
 def without(name: str) -> Change:
-    """A file that is not there."""
+    """Delete a file."""
     return lambda folder: (folder / name).unlink()
 
 
@@ -469,9 +469,9 @@ ONNX_CASES: dict[str, Case] = {
     "answers in FP64": (edit(to_double), "tensor(double)"),
     "batches of one size": (edit(fixed), "[1, 8]"),
     "more columns": (edit(columns), "['batch', 9]"),
-    "weights beside": (with_weights_beside("weights"), GRAPH),
-    "weights beside, absolute": (with_weights_beside("{folder}/weights"), GRAPH),
-    "weights above": (with_weights_beside("../diabetes/weights"), GRAPH),
+    "weights in another file": (with_external_weights("weights"), GRAPH),
+    "weights in another file, absolute": (with_external_weights("{folder}/weights"), GRAPH),
+    "weights above": (with_external_weights("../diabetes/weights"), GRAPH),
     "weights in a system file": (edit(external("/etc/passwd")), GRAPH),
     "weights in memory": (edit(external("*/_ORT_MEM_ADDR_/*")), GRAPH),
     "another model": (foreign("fizzbuzz", *FILES), "its tensors or labels differ from those that are served"),
@@ -531,8 +531,8 @@ CASES = {
 
 
 @pytest.mark.parametrize(("engine", "name"), CASES)
-def test_what_is_not_fit_is_refused(services: dict[str, Refusing], engine: str, name: str) -> None:
-    """Damaged or foreign files are refused with a reason that names what is wrong, and the old version goes on as it was."""
+def test_damaged_files_are_refused(services: dict[str, Refusing], engine: str, name: str) -> None:
+    """Damaged or foreign files are refused with a reason that names what is wrong, and the old version is still served."""
     (change, text), found = CASES[engine, name], services[engine]
     rows = read_card(found.good).example_rows()
     change(found.folder)
@@ -554,8 +554,8 @@ def test_what_is_not_fit_is_refused(services: dict[str, Refusing], engine: str, 
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "torch"])
 @pytest.mark.parametrize("change", [lambda _: None, forge, edit(lambda _: None), state(lambda found: found)])
-def test_what_is_fit_is_not_refused(services: dict[str, Refusing], engine: str, change: Change) -> None:
-    """What the tests above do to the files, but with nothing wrong, is loaded: none of those is refused for another reason."""
+def test_valid_files_are_not_refused(services: dict[str, Refusing], engine: str, change: Change) -> None:
+    """The same edits without damage are loaded, so the files above are refused only for the damage."""
     found = services[engine]
     change(found.folder)
     found.client.load_model(MODEL)
@@ -564,7 +564,7 @@ def test_what_is_fit_is_not_refused(services: dict[str, Refusing], engine: str, 
 
 
 def test_repository_requests(workspace: Path, tmp_path: Path) -> None:
-    """A model is listed, unloaded, missed, loaded again and listed; its config and what it did are told; others are untouched."""
+    """A model is listed, unloaded and loaded again; its configuration and statistics are right; other models are untouched."""
     for name in (MODEL, "fizzbuzz"):
         shutil.copytree(workspace / "models" / name, tmp_path / name)
     rows = read_card(tmp_path / MODEL).example_rows()
@@ -611,7 +611,7 @@ def test_repository_requests(workspace: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["", "nope", "../models/diabetes", "nope\nunload diabetes", " diabetes"])
 def test_unknown_models_are_not_loaded(services: dict[str, Refusing], name: str) -> None:
-    """A name that is no model's, whatever it looks like, is NOT_FOUND, and does nothing."""
+    """A name that is not a model's is NOT_FOUND and changes nothing."""
     client = services["onnxruntime"].client
     for call in (client.load_model, client.unload_model):
         with pytest.raises(InferenceServerException, match="there is no model") as caught:
@@ -622,7 +622,7 @@ def test_unknown_models_are_not_loaded(services: dict[str, Refusing], name: str)
 
 @pytest.mark.parametrize("given", [{"config": "{}"}, {"files": {"file:1/model.onnx": b"bytes"}}])
 def test_files_and_settings_are_not_taken_from_a_request(services: dict[str, Refusing], given: dict[str, Any]) -> None:
-    """What a client sends to be loaded in place of the folder's files is refused."""
+    """Files and settings in a load request are refused."""
     with pytest.raises(InferenceServerException, match="is not supported: models are loaded from the service's folder") as caught:
         services["onnxruntime"].client.load_model(MODEL, **{"config": "{}", **given})
     assert caught.value.status() == "StatusCode.INVALID_ARGUMENT"
@@ -638,7 +638,7 @@ def damage_file(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path],
 
 
 def with_other_answers(content: bytes) -> bytes:
-    """A card whose first example has the answer of its third."""
+    """A card whose first example has the output of its third."""
     card = json.loads(content)
     card["examples"][0]["output"] = card["examples"][2]["output"]
     return json.dumps(card).encode()
@@ -660,7 +660,7 @@ def with_other_answers(content: bytes) -> bytes:
     ],
 )
 def test_damaged_models(workspace: Path, tmp_path: Path, prepare: Callable[[Path], Any], text: str) -> None:
-    """A folder whose models are missing or damaged is not served, and the sentence names the file."""
+    """A folder with missing or damaged models is not served, and the error names the file."""
     shutil.copytree(workspace / "models" / "fizzbuzz", tmp_path / "fizzbuzz")
     prepare(tmp_path / "fizzbuzz")
     assert text.format(folder=tmp_path) in refusal("--models", str(tmp_path), "--port", "0")

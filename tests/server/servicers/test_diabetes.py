@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_diabetes(service: Service, cards: dict[str, Card]) -> None:
-    """Patients get the probability and the label of their row; what is left out is NaN, and 0 where 0 cannot be measured."""
+    """Patients get the probability and label of their row; a missing measurement is NaN, and so is an impossible 0."""
     card, column = cards["diabetes"], cards["diabetes"].labels.index("positive")
     patients = [dict(zip(MEASUREMENTS, row.tolist(), strict=True)) for row in card.example_rows()]
     with Client(service.address) as client:

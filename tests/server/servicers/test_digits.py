@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_digits(service: Service, cards: dict[str, Card]) -> None:
-    """Real digits are read alike from pixels, PNG and JPEG, also when they are large and black on white."""
+    """Digits are classified equally from pixels, PNG and JPEG, even when they are large and black on white."""
     card = cards["mnist"]
     pictures = [Image.fromarray(row) for row in card.example_rows()]
     large = [Image.fromarray(255 - row).resize((280, 280), Image.Resampling.BICUBIC) for row in card.example_rows()]

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.slow
 @pytest.mark.parametrize("name", models.names())
 @pytest.mark.parametrize("batch", [1, 2, 7, 1000])
 def test_every_model_answers_batches(service: Service, cards: dict[str, Card], name: str, batch: int) -> None:
-    """Any model gives the answers of its card, at any batch size, with either engine."""
+    """Every model returns the outputs in its card, at any batch size, with either engine."""
     card = cards[name]
     rows = np.resize(card.example_rows(), (batch, *card.input.shape))
     expected = np.resize(answers(card), (batch, *card.output.shape))
@@ -40,7 +40,7 @@ def test_every_model_answers_batches(service: Service, cards: dict[str, Card], n
 
 @pytest.fixture
 def stub(default_service: Service) -> Iterator[Any]:
-    """The service, as grpc shows it."""
+    """A stub of the service."""
     with grpc.insecure_channel(default_service.address) as channel:
         yield GRPCInferenceServiceStub(channel)
 
@@ -53,12 +53,12 @@ def numbered(card: Card, rows: int, number: int) -> ModelInferRequest:
 
 
 def numbers(response: ModelInferResponse) -> Rows:
-    """The output of a response, flat."""
+    """The output of a response, flattened."""
     return np.frombuffer(response.raw_output_contents[0], "<f4")
 
 
 def test_answers_come_in_order(stub: Any, cards: dict[str, Card]) -> None:
-    """More requests than are answered at a time, for all models and of many sizes, get what ModelInfer gives, in their order."""
+    """More requests than the window, for all models and of many sizes, get the results of ModelInfer, in order."""
     turns = itertools.cycle(cards.values())
     requests = [numbered(next(turns), 1 + i * 7 % 50, i) for i in range(3 * STREAM_WINDOW)]
     responses = list(stub.ModelStreamInfer(iter(requests)))
@@ -73,7 +73,7 @@ def test_answers_come_in_order(stub: Any, cards: dict[str, Card]) -> None:
 
 
 def test_errors_stay_in_band(stub: Any, cards: dict[str, Card]) -> None:
-    """What is wrong with one request is said under its id, as ModelInfer says it, and the stream goes on."""
+    """The error of a request comes in band under its id, with the text of ModelInfer, and the stream continues."""
     requests = [numbered(cards["mnist"], 2, i) for i in range(6)]
     requests[1].model_name = "nope"
     requests[2].inputs[0].shape[0] = 3
@@ -87,7 +87,7 @@ def test_errors_stay_in_band(stub: Any, cards: dict[str, Card]) -> None:
 
 
 def test_tritonclient(default_service: Service, cards: dict[str, Card]) -> None:
-    """NVIDIA's client streams: results carry their ids, an error is raised for its request, and what follows is answered."""
+    """NVIDIA's client gets results with their ids, an error for the broken request, and the results after it."""
     card, got = cards["mnist"], queue.Queue[tuple[Any, Any]]()
     tensor = triton.InferInput(card.input.name, [2, *card.input.shape], card.input.datatype)
     tensor.set_data_from_numpy(np.resize(card.example_rows(), (2, *card.input.shape)))
@@ -122,15 +122,15 @@ def request_(workspace: Path) -> ModelInferRequest:
 
 @pytest.fixture(autouse=True)
 def nothing_logged(request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    """No test but the one of opaque errors leaves anything in our log, or an exception that nobody looked at in asyncio's."""
+    """No test except that of unexpected errors leaves a warning in our log, or a lost exception in asyncio's."""
     yield
-    records = [record for record in caplog.get_records("call") if record.name.startswith(("service", "asyncio"))]
-    if request.function is not test_unknown_exceptions_are_opaque:
+    records = [record for record in caplog.get_records("call") if record.name.startswith(("tercet", "asyncio"))]
+    if request.function is not test_unexpected_errors_are_opaque:
         assert [record.getMessage() for record in records if record.levelname in ("WARNING", "ERROR")] == []
 
 
 def watch(monkeypatch: pytest.MonkeyPatch) -> tuple[asyncio.Semaphore, asyncio.Semaphore, Callable[[], int]]:
-    """Requests that come to the servicer, that leave it however they do, and the most that were there at a time."""
+    """Semaphores for requests that reach and leave the servicer, and the maximum at any one time."""
     came, left, infer = asyncio.Semaphore(0), asyncio.Semaphore(0), InferenceServicer._infer  # noqa: SLF001
     present, most = 0, 0
 
@@ -150,7 +150,7 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> tuple[asyncio.Semaphore, asyncio.S
 
 
 def test_window(workspace: Path, engine: HeldEngine, request_: ModelInferRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """STREAM_WINDOW requests of a stream are in work at a time, and hardly more, however many the client sends."""
+    """About STREAM_WINDOW requests of a stream are in work at a time, no matter how many the client sends."""
 
     async def main() -> None:
         came, _, most = watch(monkeypatch)
@@ -169,7 +169,7 @@ def test_window(workspace: Path, engine: HeldEngine, request_: ModelInferRequest
 def test_cancelled_stream(
     workspace: Path, engine: HeldEngine, request_: ModelInferRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What waits is never run when the client of a stream has gone, and the next stream and call are answered."""
+    """Waiting requests of a cancelled stream never run, and the next stream and call are answered."""
 
     async def main() -> None:
         came, left, _ = watch(monkeypatch)
@@ -194,7 +194,7 @@ def test_cancelled_stream(
 def test_cancelled_by_a_client_that_does_not_read(
     workspace: Path, engine: HeldEngine, request_: ModelInferRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A client that takes no answers, so that the service cannot write, and then goes, leaves nothing behind."""
+    """A client that cancels without having read its responses leaves nothing behind."""
 
     async def main() -> None:
         engine.open.set()
@@ -213,14 +213,14 @@ def test_cancelled_by_a_client_that_does_not_read(
     asyncio.run(main())
 
 
-def test_unknown_exceptions_are_opaque(
+def test_unexpected_errors_are_opaque(
     workspace: Path,
     engine: HeldEngine,
     request_: ModelInferRequest,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """An error that nobody foresaw gives a fixed text and an id in band; the log has the cause, and the stream goes on."""
+    """An unexpected error gives a fixed text and an id in band; the log has the cause, and the stream continues."""
 
     def fail(*_: Any) -> NoReturn:
         raise OSError("/secret/path")
@@ -239,9 +239,9 @@ def test_unknown_exceptions_are_opaque(
             await call.done_writing()
             assert await call.code() == grpc.StatusCode.OK
         [error] = [record for record in caplog.records if record.levelname == "ERROR"]
-        said = re.fullmatch(r"(internal error [0-9a-f]{12}); the service's log has the cause under this id", broken)
-        assert said
-        assert said[1] == error.getMessage()
+        match = re.fullmatch(r"(internal error [0-9a-f]{12}); the service's log has the cause under this id", broken)
+        assert match
+        assert match[1] == error.getMessage()
         assert "/secret/path" in caplog.text
 
     asyncio.run(main())

@@ -1,4 +1,4 @@
-"""Wrong requests to the typed services."""
+"""Broken requests to the typed services."""
 
 from collections.abc import Callable
 from typing import Any
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.slow
     ],
 )
 def test_wrong_typed_requests(channel: grpc.Channel, call: Callable[[grpc.Channel], Any], field: str, text: str) -> None:
-    """The typed services name the field of their own message, and what would be right, before the first answer."""
+    """The error names the field of the typed message and says what would be right, before the first response."""
     error = refused(lambda: call(channel))
     assert (error.code(), fields(error)) == (StatusCode.INVALID_ARGUMENT, [field])
     assert text in error.details()
