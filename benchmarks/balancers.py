@@ -307,7 +307,10 @@ def main(ways: Sequence[str], seconds: float, models: Path, faults: Sequence[str
                 outcome = asyncio.run(run(way, services, models, fault, seconds))
             print(f"{name:8} {fault:10} {outcome.row()}", flush=True)
             if errors:
-                print("".join(f"    {count} x {text}\n" for text, count in (outcome.plain.lost + outcome.retrying.lost).items()), end="")
+                print(
+                    "".join(f"    {count} x {text}\n" for text, count in (outcome.plain.lost + outcome.retrying.lost).items()),
+                    end="",
+                )
 
 
 if __name__ == "__main__":
