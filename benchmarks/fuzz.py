@@ -28,10 +28,8 @@ from google.protobuf.message import DecodeError, Message
 from grpc import StatusCode
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from PIL import Image
-from tercet.card import Card, read_card
+from tercet.card import DATATYPES, Card, find_models, read_card
 from tercet.proto import diabetes_pb2, digits_pb2, fizzbuzz_pb2, inference_pb2
-from tercet.server.repository import find
-from tercet.server.tensors import CONTENTS
 
 from benchmarks.load import MODELS, build_request, connect, serve
 
@@ -82,7 +80,8 @@ def seeds(cards: dict[str, Card]) -> list[Seed]:
         raw.outputs.add(name=card.output.name)
         raw.parameters["priority"].int64_param = 1
         typed = inference_pb2.ModelInferRequest(model_name=card.name, model_version=card.version, id="1", inputs=raw.inputs)
-        getattr(typed.inputs[0].contents, CONTENTS[card.input.datatype]).extend(card.example_rows()[:2].ravel().tolist())
+        contents = getattr(typed.inputs[0].contents, DATATYPES[card.input.datatype].contents_field)
+        contents.extend(card.example_rows()[:2].ravel().tolist())
         for request in (raw, typed):
             valid.append(Seed(f"{inference}ModelInfer", request, inference_pb2.ModelInferResponse, allowed=missing))
             valid.append(Seed(f"{inference}ModelStreamInfer", request, inference_pb2.ModelStreamInferResponse, "both"))
@@ -335,7 +334,7 @@ def is_close(one: Any, other: Any) -> bool:
 
 
 async def fuzz(address: str, requests: int, seed: int, in_flight: int) -> Fuzzer:
-    cards = {name: read_card(MODELS / name) for name in find(MODELS)}
+    cards = {name: read_card(MODELS / name) for name in find_models(MODELS)}
     channels = [connect(address, retry=False) for _ in range(4)]
     fuzzer = Fuzzer(channels, cards, seed)
     await fuzzer.learn()

@@ -16,19 +16,18 @@ import atheris
 with atheris.instrument_imports(include=["tercet", "PIL"]):
     from google.protobuf.message import DecodeError
     from PIL import PngImagePlugin
-    from tercet.card import read_card
+    from tercet.card import find_models, read_card
     from tercet.errors import InvalidInputError
     from tercet.proto.diabetes_pb2 import Patient
     from tercet.proto.inference_pb2 import ModelInferRequest
     from tercet.server.images import decode_image
-    from tercet.server.repository import find
-    from tercet.server.servicers.diabetes import decode as decode_patient
-    from tercet.server.tensors import WHERE, decode, encode
+    from tercet.server.servicers.diabetes import decode_patient
+    from tercet.server.tensors import INPUT_FIELD, decode_request, encode_response
 
 MODELS = Path("models")
 # skip the checksums, to get beyond them
 PngImagePlugin.ChunkStream.crc = PngImagePlugin.ChunkStream.crc_skip  # type: ignore[method-assign]
-CARDS = [read_card(MODELS / name) for name in find(MODELS)]
+CARDS = [read_card(MODELS / name) for name in find_models(MODELS)]
 
 
 def tensors(content: bytes) -> None:
@@ -36,9 +35,9 @@ def tensors(content: bytes) -> None:
     card = CARDS[content[0] % len(CARDS)] if content else CARDS[0]
     with contextlib.suppress(DecodeError, InvalidInputError):
         request = ModelInferRequest.FromString(content[1:])
-        rows = decode(request, card)
-        card.input.check(rows, WHERE)
-        encode(rows, request, card)
+        rows = decode_request(request, card)
+        card.input.check(rows, INPUT_FIELD)
+        encode_response(rows, request, card)
 
 
 def images(content: bytes) -> None:

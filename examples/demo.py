@@ -6,9 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from tercet.card import Card, read_card
+from tercet.card import Card, find_models, read_card
 from tercet.client import MEASUREMENTS, Client
-from tercet.server.repository import find
 
 MODELS = Path("models")
 
@@ -58,7 +57,7 @@ def main() -> int:
         print(line)
         try:
             with Client(line.rpartition(" ")[2]) as client:
-                for name in find(MODELS):
+                for name in find_models(MODELS):
                     show(client, name)
                 print("\nfizzbuzz 1 30:", " ".join(word for _, word in client.count(1, 30)))
         finally:

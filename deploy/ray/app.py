@@ -20,30 +20,26 @@ from google.protobuf.empty_pb2 import Empty
 from grpc_health.v1 import health_pb2_grpc
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse, HealthListResponse
 from ray import serve
-from tercet.errors import ModelNotFoundError, ModelRefusedError, StartupError, answers
-from tercet.proto import diabetes_pb2_grpc, digits_pb2_grpc, fizzbuzz_pb2_grpc, inference_pb2_grpc
+from tercet.errors import ModelNotFoundError, ModelRefusedError, StartupError
 from tercet.server.config import Config
-from tercet.server.metrics import Metrics
 from tercet.server.repository import Repository
-from tercet.server.servicers import Face, Readable
-from tercet.server.servicers.diabetes import DiabetesServicer
-from tercet.server.servicers.digits import DigitsServicer
-from tercet.server.servicers.fizzbuzz import FizzBuzzServicer
-from tercet.server.servicers.inference import InferenceServicer
+from tercet.server.rpc import Calls, TolerantServer, unary_rpc
+from tercet.server.servicers import SERVICES, Backend, BaseServicer
+from tercet.server.telemetry import Telemetry
 
 
-class HealthServicer(Face, health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # it comes without types
+class HealthServicer(BaseServicer, health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # it comes without types
     """What a balancer asks before it sends calls to a node: an ingress that knows no replica yet has no answer."""
 
-    @answers
+    @unary_rpc
     async def Check(self, request: HealthCheckRequest, _context: Any) -> HealthCheckResponse:  # noqa: N802
         """Whether a model is served, or all are. Raises ModelNotFoundError."""
         return HealthCheckResponse(status=self._status(request.service))
 
-    @answers
+    @unary_rpc
     async def List(self, _request: Any, _context: Any) -> HealthListResponse:  # noqa: N802
         """Check for every name."""
-        names = ("", *self._repository.known)
+        names = ("", *self.backend.repository.all_names())
         return HealthListResponse(statuses={name: HealthCheckResponse(status=self._status(name)) for name in names})
 
     async def Watch(self, _request: Any, context: Any) -> AsyncIterator[HealthCheckResponse]:  # noqa: N802
@@ -53,17 +49,15 @@ class HealthServicer(Face, health_pb2_grpc.HealthServicer):  # type: ignore[misc
 
     def _status(self, name: str) -> HealthCheckResponse.ServingStatus:
         """Of a model, or of all for an empty name. Raises ModelNotFoundError."""
-        if name and name not in self._repository.known:
-            raise ModelNotFoundError(f"there is no model {name!r}; known are {', '.join(self._repository.known)}")
-        serving = name in self._repository.names() if name else self._repository.ready
+        repository = self.backend.repository
+        if name and name not in repository.all_names():
+            raise ModelNotFoundError(f"there is no model {name!r}; the models are {', '.join(repository.all_names())}")
+        serving = name in repository.loaded_names() if name else repository.ready
         return HealthCheckResponse.SERVING if serving else HealthCheckResponse.NOT_SERVING
 
 
-FACES: dict[Callable[[Any, Any], None], type[Face]] = {
-    inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server: InferenceServicer,
-    digits_pb2_grpc.add_DigitsServicer_to_server: DigitsServicer,
-    diabetes_pb2_grpc.add_DiabetesServicer_to_server: DiabetesServicer,
-    fizzbuzz_pb2_grpc.add_FizzBuzzServicer_to_server: FizzBuzzServicer,
+SERVICERS: dict[Callable[[Any, Any], None], type[BaseServicer]] = {
+    **{service.add_to_server: service.servicer for service in SERVICES},
     health_pb2_grpc.add_HealthServicer_to_server: HealthServicer,
 }
 SETTINGS = {  # of `tercet serve`; the others are Ray's matter
@@ -100,32 +94,33 @@ class Context:
 
 
 class Methods(dict[str, Any]):
-    """Stands in for a server to which faces are added: keeps their methods by name."""
+    """Stands in for a server to which servicers are added: keeps their methods by name."""
 
     def add_generic_rpc_handlers(self, handlers: Sequence[grpc.GenericRpcHandler]) -> None:
         """Keep nothing: generated code registers the same methods, next."""
 
     def add_registered_method_handlers(self, _service: str, handlers: Mapping[str, Any]) -> None:
-        """Keep the methods of a face."""
+        """Keep the methods of a servicer."""
         self.update(handlers)
 
 
 class Replica:
-    """All models and faces, without a port. Ray calls its methods, which are named as the RPCs and get requests as bytes."""
+    """All models and servicers, without a port. Ray calls its methods, which are named as the RPCs and get requests as bytes."""
 
     async def __init__(self, config: Config) -> None:  # type: ignore[misc]  # Ray awaits it
         """Load the models. Raises StartupError."""
-        self._repository, self.methods = Repository(config, Metrics()), Methods()
-        for add, face in FACES.items():
-            more = (refuse,) if face is InferenceServicer else ()
-            add(face(self._repository, *more), Readable(self.methods))
+        telemetry = Telemetry()
+        self._repository, self.methods = Repository(config, telemetry), Methods()
+        backend = Backend(repository=self._repository, telemetry=telemetry, calls=Calls(), command=refuse)
+        for add, servicer in SERVICERS.items():
+            add(servicer(backend), TolerantServer(self.methods))
         self._watching = asyncio.create_task(self._watch(config.watch))
 
     async def _watch(self, pause: float) -> None:
         """Follow the model files for ever."""
         while pause:
             await asyncio.sleep(pause)
-            await self._repository.follow()
+            await self._repository.reload_changed()
 
 
 async def refuse(line: str) -> NoReturn:
@@ -169,8 +164,8 @@ def streaming(name: str) -> Callable[..., Any]:
 def declare() -> None:
     """Give Replica its methods: Ray looks for them by name."""
     declared = Methods()
-    for add, face in FACES.items():
-        add(face, declared)
+    for add, servicer in SERVICERS.items():
+        add(servicer, declared)
     for name, handler in declared.items():
         setattr(Replica, name, (streaming if handler.response_streaming else unary)(name))
 
@@ -179,12 +174,12 @@ declare()
 
 
 def add_faces(servicer: Any, server: Any) -> None:
-    """Add all faces to the gRPC server of a proxy of Ray's, which brings a servicer that it does not call.
+    """Add all servicers to the gRPC server of a proxy of Ray's, which brings a servicer that it does not call.
 
     Requests stay bytes: the replica reads them, and the proxy need not.
     """
-    for add in FACES:
-        add(servicer, Readable(server, lambda _parse: None))
+    for add in SERVICERS:
+        add(servicer, TolerantServer(server, lambda _parse: None))
 
 
 def app(settings: dict[str, str]) -> serve.Application:

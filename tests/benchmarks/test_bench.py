@@ -52,4 +52,4 @@ def test_a_load_that_is_refused(workspace: Path) -> None:
     flags = ("fizzbuzz", "--rows", "5000", "--models", str(workspace / "models"))
     done = run(*COMMAND, *flags, cwd=workspace, check=False)
     assert done.returncode == 1
-    assert done.stdout.splitlines() == [f"tercet: inputs[0]: 5000 rows; a request has 1 to {Config().max_request_rows}"]
+    assert done.stdout.splitlines() == [f"tercet: inputs[0]: expected 1 to {Config().max_request_rows} rows, got 5000"]

@@ -34,7 +34,7 @@ def ask(service: Service, *arguments: str, status: int = 0, cwd: Path = REPOSITO
         ("predict diabetes height=180", 1, "names no measurement"),
         ("predict diabetes glucose=1 glu=2", 1, "glucose_mg_per_dl is given twice"),
         ("predict diabetes 1 2 3", 1, f"give {len(MEASUREMENTS)} in the order"),
-        ("predict diabetes glucose=-1", 1, "-1 is outside what glucose_mg_per_dl can be: 0 to 1000"),
+        ("predict diabetes glucose=-1", 1, "glucose_mg_per_dl must be 0 to 1000"),
         ("predict fizzbuzz 2.5", 1, "no whole number"),
         ("predict fizzbuzz 9223372036854775808", 1, "no whole number of 64 bits"),
         ("predict fizzbuzz_any [[1]]", 1, "the shape is [1, 1]; [-1] is right"),
@@ -176,7 +176,7 @@ def test_drawn_is_what_the_model_sees(default_service: Service) -> None:
     ("model", "name", "text", "answered", "sentence"),
     [
         ("diabetes", "p.csv", "glucose,bmi\n148,33.6\n85,x\n1,2\n", 1, "line 3: bmi='x' is no number"),
-        ("diabetes", "p.csv", "glucose,bmi\n148,33.6\n85,336\n1,2\n", 1, "line 3: 336 is outside what bmi_kg_per_m2 can be"),
+        ("diabetes", "p.csv", "glucose,bmi\n148,33.6\n85,336\n1,2\n", 1, "line 3: bmi_kg_per_m2 must be 0 to 150 kg/m²"),
         ("diabetes", "p.csv", "glucose,bmi\n148,33.6\n85\n", 1, "line 3: the header has 2 columns, and this row more or fewer"),
         ("diabetes", "p.csv", 'glucose,bmi\n148,33.6\n85,"1\n', 1, "line 3: unexpected end of data"),
         ("diabetes", "p.csv", "glucose,glucose\n1,2\n", 0, "line 1: two columns have one name"),
@@ -188,7 +188,7 @@ def test_drawn_is_what_the_model_sees(default_service: Service) -> None:
         ("fizzbuzz", "n.txt", "3\n\n5x\n", 1, "line 3: '5x' is no whole number"),
         ("fizzbuzz_any", "n.txt", "3\n[1]\n5\n", 1, "line 2: 'fizzbuzz_any' takes no such row: inputs[0]: the shape is [1, 1]"),
         ("fizzbuzz_any", "n.csv", "number\n3\n", 0, "line 2: columns mean nothing to 'fizzbuzz_any'"),
-        ("mnist", "list.txt", f"{SEVEN}\n/dev/null\n", 1, "line 2: /dev/null: 0 bytes that are no readable PNG or JPEG"),
+        ("mnist", "list.txt", f"{SEVEN}\n/dev/null\n", 1, "line 2: /dev/null: not a readable PNG or JPEG image"),
         ("mnist", "list.txt", f"{SEVEN}\nnowhere.png\n", 1, "line 2: nowhere.png cannot be read"),
     ],
 )

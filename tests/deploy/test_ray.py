@@ -14,7 +14,9 @@ from grpc_health.v1 import health_pb2_grpc
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from tercet.errors import InvalidInputError, ShuttingDownError, StartupError
 from tercet.proto.fizzbuzz_pb2 import AnswerRequest, CountRequest
-from tercet.server.metrics import Metrics
+from tercet.server.rpc import Calls
+from tercet.server.servicers import Backend
+from tercet.server.telemetry import Telemetry
 
 pytest.importorskip("ray", reason="ray is not installed: pip install -c constraints.txt 'tercet[ray]' in an environment of its own")
 ray_app: Any = pytest.importorskip("deploy.ray_app")
@@ -25,15 +27,10 @@ SERVING, NOT_SERVING = HealthCheckResponse.SERVING, HealthCheckResponse.NOT_SERV
 class Refusing:
     """A repository whose models refuse every request."""
 
-    metrics = Metrics()
-
     def __init__(self, error: Exception) -> None:
         self._error = error
 
-    def admit(self) -> None:
-        """Welcome the call."""
-
-    def names(self) -> list[str]:
+    def loaded_names(self) -> list[str]:
         """No model."""
         return []
 
@@ -62,19 +59,24 @@ class Told:
         self.metadata = tuple(metadata)
 
 
+def backend(repository: Any) -> Backend:
+    """What servicers work with."""
+    return Backend(repository=repository, telemetry=Telemetry(), calls=Calls(), command=ray_app.refuse)
+
+
 def replica(error: Exception) -> Any:
     """A replica without models."""
     methods = ray_app.Methods()
-    for add, face in ray_app.FACES.items():
-        add(face(Refusing(error), *((ray_app.refuse,) if face is ray_app.InferenceServicer else ())), ray_app.Readable(methods))
+    for add, servicer in ray_app.SERVICERS.items():
+        add(servicer(backend(Refusing(error))), ray_app.TolerantServer(methods))
     return SimpleNamespace(methods=methods)
 
 
 def test_every_rpc_has_a_method() -> None:
     """Ray finds a method for every RPC of both APIs, which takes the context by the name that Ray gives it."""
     registered = ray_app.Methods()
-    for add, face in ray_app.FACES.items():
-        add(face, registered)
+    for add, servicer in ray_app.SERVICERS.items():
+        add(servicer, registered)
     assert {"ModelInfer", "ModelStreamInfer", "Classify", "Assess", "Answer", "Count"} <= set(registered)
     assert all("grpc_context" in getattr(ray_app.Replica, name).__code__.co_varnames for name in registered)
 
@@ -122,10 +124,10 @@ def test_a_stream_ends_with_its_code() -> None:
 
 def test_health() -> None:
     """The standard health service says which models a replica serves, and that it cannot be watched."""
-    models = SimpleNamespace(known=["a", "b"], names=lambda: ["a"], ready=False, metrics=Metrics(), admit=lambda: None)
-    face, told = ray_app.HealthServicer(models), Told()
+    models = SimpleNamespace(all_names=lambda: ["a", "b"], loaded_names=lambda: ["a"], ready=False)
+    servicer, told = ray_app.HealthServicer(backend(models)), Told()
     methods = ray_app.Methods()
-    health_pb2_grpc.add_HealthServicer_to_server(face, ray_app.Readable(methods))
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, ray_app.TolerantServer(methods))
     here = SimpleNamespace(methods=methods)
 
     def ask(name: str) -> Any:
@@ -135,7 +137,7 @@ def test_health() -> None:
     listed = asyncio.run(ray_app.Replica.List(here, b"", told))
     assert {name: each.status for name, each in listed.statuses.items()} == {"a": SERVING, "b": NOT_SERVING, "": NOT_SERVING}
     ask("nope")
-    assert (told.code, told.details) == (grpc.StatusCode.NOT_FOUND, "there is no model 'nope'; known are a, b")
+    assert (told.code, told.details) == (grpc.StatusCode.NOT_FOUND, "there is no model 'nope'; the models are a, b")
 
     async def watch() -> list[Any]:
         return [response async for response in ray_app.Replica.Watch(here, b"", told)]

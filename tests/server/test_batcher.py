@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tercet.card import Rows
 from tercet.errors import InternalError, QueueFullError, QueueTimeoutError, ShuttingDownError
-from tercet.server.batcher import PATIENCE, Batcher
+from tercet.server.batcher import IDLE_TICKS, Batcher
 
 pytestmark = pytest.mark.timeout(60)  # a request that nobody answers shows as a test that does not end
 
@@ -62,7 +62,7 @@ class FakeEngine:
 
 async def ticks() -> None:
     """Let everything that is ready run, callbacks of callbacks too, and no short batch yet; no time passes."""
-    for _ in range(5):  # fewer than PATIENCE
+    for _ in range(5):  # fewer than IDLE_TICKS
         await asyncio.sleep(0)
 
 
@@ -316,14 +316,14 @@ def test_close_ends_waiters(inline_rows: int) -> None:
 
 @both
 @pytest.mark.parametrize("max_batch_rows", [2, 4, 8])
-def test_take_over(max_batch_rows: int, inline_rows: int) -> None:
+def test_replace_engine(max_batch_rows: int, inline_rows: int) -> None:
     """What waits keeps its place and is answered by the new engine; the batch that runs is the old one's to the end."""
     new = FakeEngine()
 
     async def scenario(batcher: Batcher, engine: FakeEngine) -> None:
         running = await engine.hold(batcher)
         waiting = await submit(batcher, [1], [2, 3], [4, 5, 6, 7])
-        batcher.take_over(lambda rows: new.run(rows) + 1, max_batch_rows=max_batch_rows, inline_rows=inline_rows)
+        batcher.replace_engine(lambda rows: new.run(rows) + 1, max_batch_rows=max_batch_rows, inline_rows=inline_rows)
         waiting += await submit(batcher, [8])
         assert new.batches == []
         engine.release()
@@ -340,7 +340,7 @@ def test_take_over_of_an_idle_engine(inline_rows: int) -> None:
     new = FakeEngine()
 
     async def scenario(batcher: Batcher, _engine: FakeEngine) -> None:
-        batcher.take_over(new.run, max_batch_rows=2, inline_rows=0)
+        batcher.replace_engine(new.run, max_batch_rows=2, inline_rows=0)
         assert await outcomes(await submit(batcher, [1, 2, 3, 4, 5])) == [[3, 6, 9, 12, 15]]
 
     assert play(scenario, inline_rows=inline_rows).batches == []
@@ -374,7 +374,7 @@ def test_inline_batches_merge_what_comes_together() -> None:
         tasks = await submit(batcher, [1])
         tasks += await submit(batcher, [2], [3])
         assert engine.batches == []
-        for _ in range(PATIENCE):
+        for _ in range(IDLE_TICKS):
             await asyncio.sleep(0)
         assert all(task.done() for task in tasks)
         assert await outcomes(tasks) == [[3], [6], [9]]
@@ -410,7 +410,7 @@ def test_what_leaves_before_its_inline_batch_never_runs(end: str) -> None:
             await batcher.close()
         ended = {"cancel": asyncio.CancelledError, "expire": QueueTimeoutError, "close": ShuttingDownError}[end]
         assert await outcomes(tasks) == [ended, [6] if end == "cancel" else ended]
-        for _ in range(PATIENCE):
+        for _ in range(IDLE_TICKS):
             await asyncio.sleep(0)
 
     assert play(scenario, inline_rows=3).batches == ([[2]] if end == "cancel" else [])

@@ -1,30 +1,15 @@
-"""Pictures as people have them, to pixels as MNIST has them."""
+"""Images as people have them, to pixels as MNIST has them."""
 
 import io
-import struct
-import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image
 from tercet.card import Rows
 from tercet.errors import InvalidInputError
-from tercet.server.images import BOX, MAX_PIXELS, PAPER, SIDE, decode_image
+from tercet.server.images import BOX_SIDE, MAX_PAPER, MAX_PIXELS, SIDE, decode_image
 
-
-def encoded(picture: Image.Image, kind: str = "PNG") -> bytes:
-    """The bytes of a picture's file."""
-    file = io.BytesIO()
-    picture.save(file, kind)
-    return file.getvalue()
-
-
-def four(width: int = 120, height: int = 180, *, mode: str = "L", paper: object = 255, ink: object = 0) -> Image.Image:
-    """A 4, drawn out of the middle, with strokes a tenth of the picture wide."""
-    picture = Image.new(mode, (width, height), paper)  # type: ignore[arg-type]
-    corners = [(0.5, 0.1), (0.1, 0.5), (0.6, 0.5), (0.5, 0.1), (0.5, 0.8)]
-    ImageDraw.Draw(picture).line([(x * width, y * height) for x, y in corners], fill=ink, width=width // 10)  # type: ignore[arg-type]
-    return picture
+from tests.server.support import bomb, encoded, four
 
 
 def pixels(content: bytes) -> Rows:
@@ -78,7 +63,7 @@ def test_centred(width: int, height: int, turn: Image.Transpose | None) -> None:
     """The ink ends as high or as wide as the box, with its centre of mass within half a pixel of the middle."""
     picture = four(width, height)
     rows = pixels(encoded(picture if turn is None else picture.transpose(turn)))
-    assert max(np.ptp(np.flatnonzero((rows > PAPER).any(axis=axis))) + 1 for axis in (0, 1)) in (BOX - 1, BOX)
+    assert max(np.ptp(np.flatnonzero((rows > MAX_PAPER).any(axis=axis))) + 1 for axis in (0, 1)) in (BOX_SIDE - 1, BOX_SIDE)
     for axis in (0, 1):
         centre = rows.sum(axis=1 - axis) @ (np.arange(SIDE) + 0.5) / rows.sum()
         assert abs(centre - SIDE / 2) <= 0.5
@@ -92,16 +77,12 @@ def test_kept_as_it_is(*, invert: bool) -> None:
     np.testing.assert_array_equal(pixels(encoded(Image.fromarray(255 - field if invert else field))), field)
 
 
-def bomb(width: int, height: int, colour: int = 0) -> bytes:
-    """A PNG that claims a size and has no pixels at all: reading them is an error of another text."""
-    header = struct.pack(">IIBBBBB", width, height, 8, colour, 0, 0, 0)
-    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")]
-    parts = [struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+NOISE = np.random.default_rng(0).integers(255 - MAX_PAPER, 256, (40, 40), np.uint8)
 
 
-NOISE = np.random.default_rng(0).integers(255 - PAPER, 256, (40, 40), np.uint8)
-UNREADABLE, TOO_LARGE, BLANK = "no readable PNG or JPEG", f"{MAX_PIXELS} are read", "blank"
+UNREADABLE, TOO_LARGE, BLANK = "not a readable PNG or JPEG image", f"at most {MAX_PIXELS} pixels", "blank"
+
+
 NO_DIGIT = {
     "nothing": (b"", UNREADABLE),
     "text": (b"a text file\n", UNREADABLE),

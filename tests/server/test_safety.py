@@ -47,14 +47,12 @@ from tercet.proto.inference_pb2_grpc import GRPCInferenceServiceStub
 from tercet.server import app as server_
 from tercet.server.app import Server
 from tercet.server.config import Config
-from tercet.server.images import MAX_PIXELS, MAX_SCANS, START_OF_SCAN, Allowance, decode_image
-from tercet.server.repository import load
+from tercet.server.images import MAX_PIXELS, MAX_SCANS, START_OF_SCAN, PixelBudget, decode_image
+from tercet.server.repository import load_model
 from tercet.server.signature import sign
 
 from tests.conftest import REPOSITORY, Service, run, serving
-from tests.server.test_errors import HeldEngine, Visits, fields, inside, refusal, refused, unpack
-from tests.server.test_errors import engine as engine  # noqa: PLC0414  a fixture
-from tests.server.test_images import bomb, encoded, four
+from tests.server.support import HeldEngine, Visits, bomb, encoded, fields, four, inside, refusal, refused, unpack
 
 PEM = Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()
 
@@ -290,19 +288,19 @@ def test_only_signed_models_start(model: Path, keys: tuple[Path, Path], tmp_path
     private, public = keys
     config, signature = Config(models=model.parent, require_signed=public), model / "card.json.sig"
     with pytest.raises(StartupError, match=f"{signature} cannot be read, and what is not signed is not served"):
-        load(model, config)
+        load_model(model, config)
     assert run("tercet", "sign", str(model), "--key", str(private), cwd=model).stdout == f"{signature}\n"
     with serving(model.parent, "--require-signed", str(public)) as service:
         assert ask(service) == ["fizzbuzz"]
     (model / "card.json").write_bytes((model / "card.json").read_bytes() + b" ")
     with pytest.raises(StartupError, match=f"{signature} is no signature of this card.json by the owner of {public}"):
-        load(model, config)
-    assert load(model, Config()).card.name == "fizzbuzz"
+        load_model(model, config)
+    assert load_model(model, Config()).card.name == "fizzbuzz"
     stranger = tmp_path / "stranger.pem"
     stranger.write_bytes(ed25519.Ed25519PrivateKey.generate().private_bytes(*PEM))
     sign(model, stranger)
     with pytest.raises(StartupError, match=r"is no signature of this card\.json"):
-        load(model, config)
+        load_model(model, config)
     with pytest.raises(StartupError, match="no private ed25519 key"):
         sign(model, public)
 
@@ -447,13 +445,13 @@ def test_shorten(text: str) -> None:
 def test_rows_are_counted_before_they_are_decoded(workspace: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     """Too many rows are refused without a look at any of them, which would take minutes and gigabytes."""
     looked = Mock()
-    for name in ("diabetes.decode", "digits.decode", "fizzbuzz.say"):
+    for name in ("diabetes.decode_patient", "digits.decode_request", "fizzbuzz.answer_numbers"):
         monkeypatch.setattr(f"tercet.server.servicers.{name}", looked)
 
     async def main() -> None:
         async with inside(workspace / "models") as (_, channel):
             method, content, _ = LONG[case]
-            with pytest.raises(grpc.aio.AioRpcError, match="a request has 1 to"):
+            with pytest.raises(grpc.aio.AioRpcError, match="expected 1 to"):
                 await raw(channel, method, content)
         looked.assert_not_called()
 
@@ -484,12 +482,12 @@ def test_dust() -> None:
 
 def test_pixels_of_a_request() -> None:
     """A request may have many pictures and large ones, but not many large ones; that is told before the last is decoded."""
-    allowance = Allowance()
+    budget = PixelBudget()
     for _ in range(4):
-        with pytest.raises(InvalidInputError, match="no readable"):
-            decode_image(bomb(MOST, MOST), "image", allowance)
-    with pytest.raises(InvalidInputError, match="use more requests"):
-        decode_image(bomb(1, 1), "images[4].encoded", allowance)
+        with pytest.raises(InvalidInputError, match="not a readable"):
+            decode_image(bomb(MOST, MOST), "image", budget)
+    with pytest.raises(InvalidInputError, match="use several requests"):
+        decode_image(bomb(1, 1), "images[4].encoded", budget)
 
 
 def test_many_large_pictures(default_service: Service) -> None:

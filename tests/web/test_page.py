@@ -259,7 +259,7 @@ def test_fields_show_units_and_ranges(page: Page, workspace: Path) -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [("high", r"^'high' is not a number"), ("<b>", r"^'<b>' is not a number"), ("-1", r"^Glucose: .*-1")],
+    [("high", r"^'high' is not a number"), ("<b>", r"^'<b>' is not a number"), ("-1", r"^Glucose must be .*-1")],
 )
 def test_a_bad_measurement_is_explained(page: Page, value: str, text: str) -> None:
     """A value that is not a valid measurement is never treated as missing."""

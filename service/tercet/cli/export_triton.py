@@ -10,10 +10,9 @@ import json
 import shutil
 from pathlib import Path
 
-from tercet.card import Card, Tensor, read_card, verify
+from tercet.card import Card, Tensor, find_models, is_trained, read_card, verify_file
 from tercet.errors import StartupError
 from tercet.server.config import Config
-from tercet.server.repository import find, is_trained
 
 BACKENDS = ("onnxruntime", "python")
 
@@ -26,13 +25,13 @@ def export(models: Path, target: Path, *, backend: str = "onnxruntime", config: 
     """
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise StartupError(f"{target} is not empty: name a new folder")
-    cards = {name: read_card(models / name) for name in find(models) if is_trained(models / name)}
+    cards = {name: read_card(models / name) for name in find_models(models) if is_trained(models / name)}
     if not cards:
         raise StartupError(f"no trained model in {models}: run `dvc repro`, or name another folder with --models")
     for name, card in cards.items():
         if not card.version.isdecimal() or int(card.version) < 1:
             raise StartupError(f"{name}: version {card.version!r} is none for Triton, whose versions are 1, 2, 3 ...")
-        content = verify(models / name, card, "model.onnx")
+        content = verify_file(models / name, card, "model.onnx")
         (files := target / name / card.version).mkdir(parents=True)
         (files / "model.onnx").write_bytes(content)
         if backend == "python":

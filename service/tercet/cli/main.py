@@ -204,11 +204,10 @@ def models(name: str | None, folder: Path, *, as_json: bool) -> None:
       tercet models diabetes
       tercet models --json | jq .metrics
     """  # noqa: D301
-    from tercet.card import read_card  # noqa: PLC0415
-    from tercet.server.repository import find, is_trained  # noqa: PLC0415
+    from tercet.card import find_models, is_trained, read_card  # noqa: PLC0415
 
     try:
-        names = [name] if name else find(folder)
+        names = [name] if name else find_models(folder)
         cards = {each: read_card(folder / each) if name or is_trained(folder / each) else None for each in names}
     except StartupError as error:
         raise Refusal(str(error)) from None

@@ -150,10 +150,10 @@ def reason(server: str, error: grpc.RpcError) -> str:
 def complete_models(context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:
     """Names of models that begin so, in the folder of this command or of TERCET_MODELS."""
     with suppress(ImportError, StartupError):
-        from tercet.server.repository import find  # noqa: PLC0415  only here
+        from tercet.card import find_models  # noqa: PLC0415  only here
 
         folder = context.params.get("folder") or os.environ.get("TERCET_MODELS", "models")
-        return [name for name in find(Path(folder)) if name.startswith(incomplete)]
+        return [name for name in find_models(Path(folder)) if name.startswith(incomplete)]
     return []
 
 

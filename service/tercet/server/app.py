@@ -13,18 +13,16 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
-from tercet.errors import InvalidInputError, StartupError, abort, refuse_unreadable
-from tercet.proto import POOL, diabetes_pb2_grpc, digits_pb2_grpc, fizzbuzz_pb2_grpc, inference_pb2_grpc
+from tercet.errors import InvalidInputError, StartupError
+from tercet.proto import POOL
 from tercet.server import port
 from tercet.server.config import INT, Config
 from tercet.server.credentials import BearerToken, tls
 from tercet.server.metrics import Metrics, Prometheus, tell
 from tercet.server.repository import Repository
-from tercet.server.servicers import Readable
-from tercet.server.servicers.diabetes import DiabetesServicer
-from tercet.server.servicers.digits import DigitsServicer
-from tercet.server.servicers.fizzbuzz import FizzBuzzServicer
-from tercet.server.servicers.inference import InferenceServicer
+from tercet.server.rpc import Calls, TolerantServer, abort_call, check_parsed
+from tercet.server.servicers import SERVICES, Backend
+from tercet.server.telemetry import Telemetry
 
 if TYPE_CHECKING:
     from tercet.server.tracing import Tracing
@@ -50,14 +48,7 @@ CONNECTION = {  # what nobody needs to set; times in ms
 SETTLE = 0.1, 5  # seconds without a new call, and how often at most that is waited for, before each step of the end
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
-SERVICES = (
-    "inference.GRPCInferenceService",
-    "tercet.v1.Diabetes",
-    "tercet.v1.Digits",
-    "tercet.v1.FizzBuzz",
-    health.SERVICE_NAME,
-    reflection.SERVICE_NAME,
-)
+SERVICE_NAMES = (*(service.name for service in SERVICES), health.SERVICE_NAME, reflection.SERVICE_NAME)
 
 
 class Health(health.aio.HealthServicer):  # type: ignore[misc]  # it comes without types
@@ -86,9 +77,9 @@ class Health(health.aio.HealthServicer):  # type: ignore[misc]  # it comes witho
     async def _refuse_unreadable(self, request: Any, context: Any) -> None:
         """End a call whose request could not be read."""
         try:
-            refuse_unreadable(request)
+            check_parsed(request)
         except InvalidInputError as error:
-            await abort(context, error)
+            await abort_call(context, error)
 
     async def end(self) -> None:
         """Say NOT_SERVING to everyone, and let the watchers go."""
@@ -109,20 +100,21 @@ class Server:
         interceptors: list[grpc.aio.ServerInterceptor] = [self._tracing.interceptor()] if self._tracing else []
         interceptors += [BearerToken(config.token_file)] if config.token_file else []
         self.metrics = Metrics() if config.metrics_port is None else Prometheus()
-        self.repository = Repository(config, self.metrics, self._tracing.batch if self._tracing else None)
+        telemetry = Telemetry(self.metrics)
+        self.repository = Repository(config, telemetry, self._tracing.batch if self._tracing else None)
+        self.calls = Calls()
         self._server = grpc.aio.server(interceptors=interceptors, options=list(limits(config).items()))
         self._health = Health()
         self._relay = relay
         self.stopping = asyncio.Event()
-        faces = Readable(self._server)
-        inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(InferenceServicer(self.repository, self.command), faces)
-        digits_pb2_grpc.add_DigitsServicer_to_server(DigitsServicer(self.repository), faces)
-        diabetes_pb2_grpc.add_DiabetesServicer_to_server(DiabetesServicer(self.repository), faces)
-        fizzbuzz_pb2_grpc.add_FizzBuzzServicer_to_server(FizzBuzzServicer(self.repository), faces)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, faces)
+        tolerant = TolerantServer(self._server)
+        backend = Backend(repository=self.repository, telemetry=telemetry, calls=self.calls, command=self.command)
+        for service in SERVICES:
+            service.add_to_server(service.servicer(backend), tolerant)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, tolerant)
         for module in (health_pb2, reflection_pb2):
             POOL.AddSerializedFile(module.DESCRIPTOR.serialized_pb)
-        reflection.enable_server_reflection(SERVICES, self._server, pool=POOL)
+        reflection.enable_server_reflection(SERVICE_NAMES, self._server, pool=POOL)
         self.config = replace(config, port=bind(self._server, config))
 
     async def start(self) -> None:
@@ -142,8 +134,8 @@ class Server:
             self._relay(line)
 
     async def follow(self, *, at_once: bool = False) -> None:
-        """Serve new model files; see Repository.follow."""
-        await self.repository.follow(at_once=at_once)
+        """Serve new model files; see Repository.reload_changed."""
+        await self.repository.reload_changed(wait_until_stable=not at_once)
         await self._tell_health()
 
     async def _watch(self) -> None:
@@ -154,8 +146,8 @@ class Server:
 
     async def _tell_health(self) -> None:
         """Say which models are served now."""
-        for name in self.repository.known:
-            await self.set_health(name, serving=name in self.repository.names())
+        for name in self.repository.all_names():
+            await self.set_health(name, serving=name in self.repository.loaded_names())
 
     async def set_health(self, name: str, *, serving: bool) -> None:
         """What the health service says of a name."""
@@ -183,7 +175,7 @@ class Server:
         self._watching.cancel()
         await self._health.end()
         await self._settle()
-        self.repository.closing = True
+        self.calls.draining = True
         await self._settle()
         await self._server.stop(self.config.grace)
         await self.repository.close()
@@ -194,9 +186,9 @@ class Server:
         """Wait until calls have stopped coming, but not for ever."""
         pause, times = SETTLE
         for _ in range(times):
-            before = self.repository.came
+            before = self.calls.received
             await asyncio.sleep(pause)
-            if self.repository.came == before:
+            if self.calls.received == before:
                 return
 
 

@@ -10,8 +10,9 @@ from typing import Any, Generic, TypeVar
 import grpc
 from grpc_health.v1 import health
 
-from tercet.errors import StartupError, UnauthenticatedError, abort
+from tercet.errors import StartupError, UnauthenticatedError
 from tercet.server.config import Config
+from tercet.server.rpc import abort_call
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +69,9 @@ class BearerToken(grpc.aio.ServerInterceptor):
             return await continuation(call)
 
         async def refuse(_request: Any, context: Any) -> None:
-            await abort(context, UnauthenticatedError("send the metadata 'authorization: Bearer TOKEN' with the service's token"))
+            await abort_call(
+                context, UnauthenticatedError("send the metadata 'authorization: Bearer TOKEN' with the service's token")
+            )
 
         return grpc.unary_unary_rpc_method_handler(refuse)
 

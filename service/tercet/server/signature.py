@@ -10,7 +10,7 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_pem_public_key
 
-from tercet.card import SIGNATURE, read_card, verify
+from tercet.card import SIGNATURE, read_card, verify_file
 from tercet.errors import StartupError
 
 
@@ -21,7 +21,7 @@ def sign(folder: Path, key: Path) -> Path:
     """
     card = read_card(folder)
     for name in card.files:
-        verify(folder, card, name)
+        verify_file(folder, card, name)
     private = _read_key(key)
     if not isinstance(private, Ed25519PrivateKey):
         raise StartupError(f"{key} is no private ed25519 key: make one with `openssl genpkey -algorithm ed25519`")

@@ -187,9 +187,9 @@ class Page:
         """Say why there is no answer, unless the banner says so already."""
         if not isinstance(error, grpc.RpcError):
             return note_html(str(error))
-        # A path at the start, such as `patients[0].age_years: `, becomes the title of the field, if it is one.
-        title = lambda path: f"{FIELDS[path[2]][0]}: " if path[2] in FIELDS else ""  # noqa: E731
-        return "" if self.check_health() else note_html(re.sub(r"^\w+\[0\](\.(\w+))?: ", title, str(error.details())))
+        text = re.sub(r"^\w+\[0\](\.\w+)?: ", "", str(error.details()))  # without the path, such as `patients[0].age_years: `
+        text = re.sub("|".join(FIELDS), lambda name: FIELDS[name[0]][0], text)
+        return "" if self.check_health() else note_html(text)
 
 
 def parse(text: str, kind: Callable[[str], Any], expected: str) -> Any:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import grpc
+import msgspec
 import numpy as np
 import onnx
 import onnxruntime
@@ -27,7 +28,10 @@ from tritonclient.grpc import service_pb2 as triton_pb2
 from tritonclient.utils import InferenceServerException
 
 from tests.conftest import Service, serving
+from tests.server.support import refusal
 from tests.server.test_workers import children, connect, connected, until
+
+pytestmark = pytest.mark.slow
 
 MODEL = "diabetes"
 FILES = ("card.json", "model.onnx", "model.pt")
@@ -428,7 +432,7 @@ def without(name: str) -> Change:
 
 SHARES = [0.01, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
 CARD, GRAPH, STATE = "diabetes/card.json", "diabetes/model.onnx", "diabetes/model.pt"
-FIELDS = [field for field in Card.__struct_fields__ if field not in Card.__struct_fields__[-len(Card.__struct_defaults__) :]]
+FIELDS = [field.name for field in msgspec.structs.fields(Card) if field.required]
 
 Case = tuple[Change, str]  # what is done to the folder, and what the refusal names
 ONNX_CASES: dict[str, Case] = {
@@ -448,14 +452,14 @@ ONNX_CASES: dict[str, Case] = {
     "card too deep": (write("card.json", lambda _: b'{"params":' + b"[" * 100_000), "diabetes"),
     "hash of another file": (write("card.json", lambda content: content.replace(b'"model.onnx": "', b'"model.onnx": "0')), GRAPH),
     "no hash": (card_says(lambda card: card["files"].clear()), GRAPH),
-    "NaN weights": (edit(lambda model: scale(model, np.nan)), "diabetes: the model does not give the answers"),
+    "NaN weights": (edit(lambda model: scale(model, np.nan)), "diabetes: the model does not return the outputs"),
     "NaN weights, card too": (
         lambda folder: (edit(lambda model: scale(model, np.nan))(folder), set_example("output", [None, None])(folder)),
         "diabetes",
     ),
-    "infinite weights": (edit(lambda model: scale(model, np.inf)), "diabetes: the model does not give the answers"),
-    "weights of 0": (edit(lambda model: scale(model, 0)), "diabetes: the model does not give the answers"),
-    "weights a little off": (edit(lambda model: scale(model, 1.01)), "diabetes: the model does not give the answers"),
+    "infinite weights": (edit(lambda model: scale(model, np.inf)), "diabetes: the model does not return the outputs"),
+    "weights of 0": (edit(lambda model: scale(model, 0)), "diabetes: the model does not return the outputs"),
+    "weights a little off": (edit(lambda model: scale(model, 1.01)), "diabetes: the model does not return the outputs"),
     "input of another name": (edit(rename("input")), f"{GRAPH} is not the graph"),
     "output of another name": (edit(rename("output")), f"{GRAPH} is not the graph"),
     "second input": (edit(more("input")), "'more'"),
@@ -468,19 +472,19 @@ ONNX_CASES: dict[str, Case] = {
     "weights above": (with_weights_beside("../diabetes/weights"), GRAPH),
     "weights in a system file": (edit(external("/etc/passwd")), GRAPH),
     "weights in memory": (edit(external("*/_ORT_MEM_ADDR_/*")), GRAPH),
-    "another model": (foreign("fizzbuzz", *FILES), "its tensors or labels are not those that are served"),
+    "another model": (foreign("fizzbuzz", *FILES), "its tensors or labels differ from those that are served"),
     "another model's graph": (foreign("fizzbuzz", "model.onnx"), f"{GRAPH} is not the graph"),
     "another model's card": (foreign("fizzbuzz", "card.json"), f"{GRAPH} is not the graph"),
     "another name": (card_says(lambda card: card.update(name="fizzbuzz")), "is the card of 'fizzbuzz'"),
-    "other labels": (card_says(lambda card: card.update(labels=["no", "yes"])), "its tensors or labels are not those"),
+    "other labels": (card_says(lambda card: card.update(labels=["no", "yes"])), "its tensors or labels differ"),
     "other tensor, card only": (card_says(lambda card: card["input"].update(name="nope")), f"{GRAPH} is not the graph"),
     "other shape, card only": (card_says(lambda card: card["output"].update(shape=[3])), f"{GRAPH} is not the graph"),
     "unknown datatype": (card_says(lambda card: card["input"].update(datatype="FP8")), CARD),
-    "too few features": (card_says(lambda card: card["input"]["features"].pop()), "features: 7 features for a row of [8]"),
+    "too few features": (card_says(lambda card: card["input"]["features"].pop()), "features: 7 features for a row of shape [8]"),
     "no features": (card_says(lambda card: card["input"].update(features=[])), "features: 0 features"),
     "range without a value": (
         card_says(lambda card: card["input"]["features"][0].update(minimum=99, maximum=0)),
-        "nothing lies between",
+        "minimum 99 is greater than maximum 0",
     ),
     "examples out of range": (
         card_says(lambda card: card["input"]["features"][7].update(minimum=129)),
@@ -491,7 +495,7 @@ ONNX_CASES: dict[str, Case] = {
     "example too short": (set_example("input", [0] * 7), "diabetes cannot be loaded"),
     "answer of text": (set_example("output", ["no", "yes"]), "diabetes cannot be loaded"),
     "answer too short": (set_example("output", [1]), "diabetes cannot be loaded"),
-    "another answer": (set_example("output", [0.5, 0.5]), "diabetes: the model does not give the answers"),
+    "another answer": (set_example("output", [0.5, 0.5]), "diabetes: the model does not return the outputs"),
 }
 TORCH_CASES: dict[str, Case] = {
     **{f"state cut at {share}": (write("model.pt", cut(share)), STATE) for share in SHARES[::3]},
@@ -511,7 +515,7 @@ TORCH_CASES: dict[str, Case] = {
     "state of other shapes": (state(lambda found: {name: part[None, None] for name, part in found.items()}), STATE),
     "state with NaN": (
         state(lambda found: {name: part * np.nan for name, part in found.items()}),
-        "diabetes: the model does not give",
+        "diabetes: the model does not return",
     ),
     "a graph": (graph_as_state, STATE),
     "another model's state": (foreign("fizzbuzz", "model.pt"), STATE),
@@ -535,7 +539,7 @@ def test_what_is_not_fit_is_refused(services: dict[str, Refusing], engine: str, 
             found.client.load_model(MODEL)
         assert caught.value.status() == "StatusCode.FAILED_PRECONDITION"
         assert text in caught.value.message()
-        assert caught.value.message().endswith("the version before goes on")
+        assert caught.value.message().endswith("the previous version is still served")
         assert reasons(found.client)[MODEL][:100] in caught.value.message()  # a long message is shortened
         assert reasons(found.client)["fizzbuzz"] == ""
         assert found.client.is_server_ready()
@@ -617,6 +621,44 @@ def test_unknown_models_are_not_loaded(services: dict[str, Refusing], name: str)
 @pytest.mark.parametrize("given", [{"config": "{}"}, {"files": {"file:1/model.onnx": b"bytes"}}])
 def test_files_and_settings_are_not_taken_from_a_request(services: dict[str, Refusing], given: dict[str, Any]) -> None:
     """What a client sends to be loaded in place of the folder's files is refused."""
-    with pytest.raises(InferenceServerException, match="not known: models come from the service's folder") as caught:
+    with pytest.raises(InferenceServerException, match="is not supported: models are loaded from the service's folder") as caught:
         services["onnxruntime"].client.load_model(MODEL, **{"config": "{}", **given})
     assert caught.value.status() == "StatusCode.INVALID_ARGUMENT"
+
+
+def damage_file(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
+    """Change a file of the trained folder."""
+
+    def damaged(folder: Path) -> None:
+        (folder / name).write_bytes(change((folder / name).read_bytes()))
+
+    return damaged
+
+
+def with_other_answers(content: bytes) -> bytes:
+    """A card whose first example has the answer of its third."""
+    card = json.loads(content)
+    card["examples"][0]["output"] = card["examples"][2]["output"]
+    return json.dumps(card).encode()
+
+
+@pytest.mark.parametrize(
+    ("prepare", "text"),
+    [
+        (shutil.rmtree, "no trained model in {folder}: run `dvc repro`"),
+        (lambda folder: (folder / "model.onnx").unlink(), "{folder}/fizzbuzz/model.onnx is missing: run `dvc repro`"),
+        (
+            damage_file("model.onnx", lambda content: content[:-1]),
+            "{folder}/fizzbuzz/model.onnx is not the file that its card.json describes",
+        ),
+        (damage_file("card.json", lambda content: content[:-9]), "{folder}/fizzbuzz/card.json is not a model card"),
+        (damage_file("card.json", lambda _: b"\xff"), "{folder}/fizzbuzz/card.json is not a model card"),
+        (damage_file("card.json", with_other_answers), "{folder}/fizzbuzz: the model does not return the outputs in its card"),
+        (lambda folder: folder.rename(folder.with_name("buzz")), "{folder}/buzz/card.json is the card of 'fizzbuzz'"),
+    ],
+)
+def test_damaged_models(workspace: Path, tmp_path: Path, prepare: Callable[[Path], Any], text: str) -> None:
+    """A folder whose models are missing or damaged is not served, and the sentence names the file."""
+    shutil.copytree(workspace / "models" / "fizzbuzz", tmp_path / "fizzbuzz")
+    prepare(tmp_path / "fizzbuzz")
+    assert text.format(folder=tmp_path) in refusal("--models", str(tmp_path), "--port", "0")

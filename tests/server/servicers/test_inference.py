@@ -1,11 +1,9 @@
-"""ModelStreamInfer: many requests over one call, answered in order, errors in band."""
+"""The Open Inference Protocol: batches, and ModelStreamInfer."""
 
 import asyncio
 import queue
 import re
-import threading
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,24 +12,29 @@ import numpy as np
 import pytest
 import tritonclient.grpc as triton
 from tercet.card import Card, Rows, read_card
+from tercet.client import Client
 from tercet.proto.inference_pb2 import ModelInferRequest, ModelInferResponse
 from tercet.proto.inference_pb2_grpc import GRPCInferenceServiceStub
-from tercet.server.app import Server
-from tercet.server.config import Config
-from tercet.server.engine import Pace
+from tercet.server.engine import BatchLimits
 from tercet.server.servicers.inference import STREAM_WINDOW, InferenceServicer
 
 import models
 from benchmarks.load import build_request
 from tests.conftest import Service
+from tests.server.support import HeldEngine, answers, inside
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.slow
 
 
-@pytest.fixture
-def cards(workspace: Path) -> list[Card]:
-    """The card of each model."""
-    return [read_card(workspace / "models" / name) for name in models.names()]
+@pytest.mark.parametrize("name", models.names())
+@pytest.mark.parametrize("batch", [1, 2, 7, 1000])
+def test_every_model_answers_batches(service: Service, cards: dict[str, Card], name: str, batch: int) -> None:
+    """Any model gives the answers of its card, at any batch size, with either engine."""
+    card = cards[name]
+    rows = np.resize(card.example_rows(), (batch, *card.input.shape))
+    expected = np.resize(answers(card), (batch, *card.output.shape))
+    with Client(service.address) as client:
+        np.testing.assert_allclose(client.infer(name, rows), expected, rtol=0, atol=1e-5)
 
 
 @pytest.fixture
@@ -102,43 +105,11 @@ def test_tritonclient(default_service: Service, cards: list[Card]) -> None:
         np.testing.assert_allclose(result.as_numpy(card.output.name), expected, rtol=0, atol=1e-6)
 
 
-class HeldEngine:
-    """Answers (n,) with (n, 4) zeros, when the test lets it."""
-
-    platform, device = "held", "cpu"
-
-    def __init__(self) -> None:
-        self.rows = 0
-        self.begun, self.open = threading.Event(), threading.Event()
-
-    def run(self, rows: Rows) -> Rows:
-        """(n,) -> (n, 4)."""
-        self.rows += len(rows)
-        self.begun.set()
-        if not self.open.wait(60):
-            raise TimeoutError
-        return np.zeros((len(rows), 4), np.float32)
-
-
 @pytest.fixture
-def engine(monkeypatch: pytest.MonkeyPatch) -> HeldEngine:
-    """The engine of every model of a server that is started in this process; one row a batch, in the thread."""
-    held = HeldEngine()
-    monkeypatch.setattr("tercet.server.repository.load_engine", lambda *_: held)
-    monkeypatch.setattr("tercet.server.repository.measure", lambda *_: Pace(1, 0))
-    return held
-
-
-@asynccontextmanager
-async def inside(folder: Path) -> AsyncIterator[Any]:
-    """A stub for a server in this process."""
-    server = Server(Config(port=0, models=folder))
-    await server.start()
-    try:
-        async with grpc.aio.insecure_channel(server.config.address) as channel:
-            yield GRPCInferenceServiceStub(channel)
-    finally:
-        await server.stop()
+def engine(engine: HeldEngine, monkeypatch: pytest.MonkeyPatch) -> HeldEngine:
+    """The engine of every model of a server in this process; one row per batch, in the thread."""
+    monkeypatch.setattr("tercet.server.repository.calibrate_batch_size", lambda *_: BatchLimits(1, 0))
+    return engine
 
 
 @pytest.fixture
@@ -181,7 +152,8 @@ def test_window(workspace: Path, engine: HeldEngine, request_: ModelInferRequest
 
     async def main() -> None:
         came, _, most = watch(monkeypatch)
-        async with inside(workspace / "models") as stub:
+        async with inside(workspace / "models") as (_, channel):
+            stub = GRPCInferenceServiceStub(channel)
             call = stub.ModelStreamInfer(iter([request_] * (3 * STREAM_WINDOW)))
             for _ in range(STREAM_WINDOW):
                 await came.acquire()
@@ -199,7 +171,8 @@ def test_cancelled_stream(
 
     async def main() -> None:
         came, left, _ = watch(monkeypatch)
-        async with inside(workspace / "models") as stub:
+        async with inside(workspace / "models") as (_, channel):
+            stub = GRPCInferenceServiceStub(channel)
             call = stub.ModelStreamInfer()
             for _ in range(20):
                 await call.write(request_)
@@ -211,7 +184,7 @@ def test_cancelled_stream(
             engine.open.set()
             assert len([response async for response in stub.ModelStreamInfer(iter([request_] * 3))]) == 3
             await stub.ModelInfer(request_)
-        assert engine.rows == 1 + 3 + 1
+        assert len(engine.executed) == 1 + 3 + 1
 
     asyncio.run(main())
 
@@ -226,7 +199,8 @@ def test_cancelled_by_a_client_that_does_not_read(
         came, left, _ = watch(monkeypatch)
         large = ModelInferRequest(id="x" * 100_000)
         large.MergeFrom(request_)
-        async with inside(workspace / "models") as stub:
+        async with inside(workspace / "models") as (_, channel):
+            stub = GRPCInferenceServiceStub(channel)
             call = stub.ModelStreamInfer(iter([large] * (3 * STREAM_WINDOW)))
             for _ in range(STREAM_WINDOW):
                 await came.acquire()
@@ -251,10 +225,11 @@ def test_unknown_exceptions_are_opaque(
 
     async def main() -> None:
         engine.open.set()
-        async with inside(workspace / "models") as stub:
+        async with inside(workspace / "models") as (_, channel):
+            stub = GRPCInferenceServiceStub(channel)
             call = stub.ModelStreamInfer()
             with monkeypatch.context() as patch:
-                patch.setattr("tercet.server.servicers.inference.decode", fail)
+                patch.setattr("tercet.server.servicers.inference.decode_request", fail)
                 await call.write(request_)
                 broken = (await call.read()).error_message
             await call.write(request_)
