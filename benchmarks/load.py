@@ -165,7 +165,7 @@ def drive_with_h2load(address: str, load: Load, *headers: str) -> Sequence[float
         command += [f"-H{header}" for header in ("content-type: application/grpc", "te: trailers", *headers)]
         printed = subprocess.run([*command, f"http://{address}{METHOD}"], check=True, capture_output=True, text=True).stdout  # noqa: S603
         if f"{load.requests} succeeded" not in printed:
-            raise RuntimeError(f"h2load: {re.search('requests: .*', printed)}")
+            raise RuntimeError(f"h2load: {''.join(re.findall('requests: .*', printed))}")
         return [int(line.split("\t")[2]) / 1e6 for line in log.read_text().splitlines()]
 
 

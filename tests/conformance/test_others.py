@@ -1,4 +1,4 @@
-"""Clients that cannot live in this environment, each run by its own interpreter where `benchmarks/peers.py` has installed it."""
+"""Clients that need an environment of their own, which `python -m benchmarks.peers --install` makes."""
 
 import os
 import re
@@ -20,7 +20,7 @@ def test_peers(default_service: Service, workspace: Path, name: str) -> None:
     """The peer's own client code gets right answers from us, or the code that it expects."""
     python = ENVIRONMENTS / name / "bin/python"
     if not python.exists():
-        pytest.skip(f"{name} is not installed in {ENVIRONMENTS}: python benchmarks/peers.py does that")
+        pytest.skip(f"{name} is not installed in {ENVIRONMENTS}: run `python -m benchmarks.peers --install`")
     command = (str(python), str(HERE / f"{name}_cases.py"), default_service.address, str(workspace / "models"))
     done = run(*command, cwd=HERE, PYTHONPATH="")
     service, model = CASES[name]

@@ -26,7 +26,7 @@ from tests.conftest import Service as Running
 
 DEPLOY = REPOSITORY / "deploy"
 KUBERNETES = DEPLOY / "kubernetes"
-KSERVE = REPOSITORY / "benchmarks/.environments/kserve"  # benchmarks/peers.py makes it
+KSERVE = REPOSITORY / "benchmarks/.environments/kserve"  # `python -m benchmarks.peers --install` makes it
 KINDS = {
     "Deployment": Deployment,
     "HorizontalPodAutoscaler": HorizontalPodAutoscaler,
@@ -147,7 +147,7 @@ def test_kserve_knows_all_that_is_said(name: str) -> None:
     for container in resource["spec"].get("containers", []):
         assert known(container, Container) == container
     if not (KSERVE / "installed").is_file():
-        pytest.skip("KServe is not installed: `python benchmarks/peers.py` does it")
+        pytest.skip("KServe is not installed: run `python -m benchmarks.peers --install`")
     command = [str(KSERVE / "bin/python"), str(REPOSITORY / "tests/deploy/kserve_kinds.py")]
     done = subprocess.run(command, input=json.dumps(resource), capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == resource
@@ -196,7 +196,7 @@ def test_a_balancer_passes_calls_on(workspace: Path, name: str) -> None:
     if os.geteuid():
         pytest.skip("only root may start a balancer that takes another user")
     flags = (name, "--fault", "none", "--seconds", "1", "--models", str(workspace / "models"))
-    row = run(sys.executable, "benchmarks/balancers.py", *flags, cwd=REPOSITORY).stdout.splitlines()[-1].split()
+    row = run(sys.executable, "-m", "benchmarks.balancers", *flags, cwd=REPOSITORY).stdout.splitlines()[-1].split()
     assert (row[:2], row[3:6]) == ([name, "none"], ["0", "0", "0"])
     assert int(row[2]) > 10
 
