@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
@@ -28,6 +28,10 @@ FOLDER = Path(__file__).parent
 HEALTH_CHECK_SECONDS = 2.0  # between two health checks of the service
 COUNT_PAUSE_SECONDS = 0.1  # between two numbers of a count, so that a person can follow
 COUNT_MAX_WORDS = 100  # the most recent words of a count that are shown
+SHEET, SHEET_SCRIPT, BANNER, ANSWER = (
+    (FOLDER / name).read_text() for name in ("sheet.html", "sheet.js", "banner.html", "answer.html")
+)
+NO_DIGIT = {"text": " ", "bars": {str(digit): "0.0%" for digit in range(10)}}
 QUIET: Any = {"show_progress": "hidden", "api_visibility": "private"}
 DIRECT: Any = {**QUIET, "queue": False}  # one request, one response; only a count needs the queue, which can cancel it
 
@@ -61,7 +65,7 @@ class Page:
         blocks = gr.Blocks(title="tercet", analytics_enabled=False)
         with blocks:
             gr.HTML(f"<h1>tercet</h1><p>Small PyTorch models behind one gRPC service, {escape(self.address)}</p>")
-            banner = gr.HTML()
+            banner = gr.HTML("", html_template=BANNER)
             with gr.Row():
                 self._add_digits(banner)
                 described = self._add_diabetes()
@@ -75,18 +79,18 @@ class Page:
     def _add_digits(self, banner: gr.HTML) -> None:
         with gr.Column(min_width=300):
             gr.HTML("<h2>Draw a digit</h2>")
-            template, script = ((FOLDER / name).read_text() for name in ("sheet.html", "sheet.js"))
-            sheet, answer = gr.HTML("", html_template=template, js_on_load=script), gr.HTML(digit_html())
+            sheet, answer = gr.HTML("", html_template=SHEET, js_on_load=SHEET_SCRIPT), gr.HTML(NO_DIGIT, html_template=ANSWER)
             gr.on([sheet.input, banner.change], self.classify, sheet, answer, trigger_mode="always_last", **DIRECT)
 
     def _add_diabetes(self) -> list[gr.Component]:
         """Return the components that `describe_diabetes` fills in."""
         with gr.Column(min_width=300, scale=2):
             gr.HTML("<h2>Diabetes risk</h2>")
-            description = gr.HTML()
+            description = gr.HTML(html_template="<p>{{value}}</p>")
             with gr.Row(elem_id="measurements"):  # not gr.Number: it starts at 0 and treats text that is not a number as empty
                 fields = [gr.Textbox(label=title, min_width=200, max_lines=1) for title, _ in FIELDS.values()]
-            button, answer, warning = gr.Button("Assess", variant="primary"), gr.HTML(), gr.HTML()
+            button = gr.Button("Assess", variant="primary")
+            answer, warning = (gr.HTML({}, html_template=ANSWER) for _ in range(2))
             gr.on([button.click, *(field.submit for field in fields)], self.assess, fields, answer, **DIRECT)
         return [description, warning, *fields]
 
@@ -94,25 +98,24 @@ class Page:
         with gr.Column(min_width=300):
             gr.HTML("<h2>FizzBuzz</h2>")
             number = gr.Textbox("15", label="A whole number", max_lines=1)  # not gr.Number: JavaScript has no 64-bit integers
-            button, answer = gr.Button("Answer", variant="primary"), gr.HTML()
+            button, answer = gr.Button("Answer", variant="primary"), gr.HTML({}, html_template=ANSWER)
             with gr.Row():
                 span = [gr.Textbox(v, label=k, min_width=60, max_lines=1) for k, v in (("From", "1"), ("To", "30"), ("Step", "1"))]
             with gr.Row():
                 count, stop = gr.Button("Count", variant="primary", min_width=60), gr.Button("Stop", min_width=60)
-            words = gr.HTML()
+            words = gr.HTML({}, html_template=ANSWER)
             gr.on([button.click, number.submit], self.answer, number, answer, **DIRECT)
             counting = gr.on([count.click, *(field.submit for field in span)], self.count, span, words, **QUIET)
             stop.click(None, cancels=counting, api_visibility="private")
 
     def check_health(self) -> str:
-        """Return a banner while the service does not answer, else nothing."""
+        """Return the text of the banner while the service does not answer, else nothing."""
         try:
             with self.connect() as client:
                 client.health()
         except grpc.RpcError:
             command = f"tercet serve --port {self.address.rpartition(':')[2]}"
-            text = f"The service at {self.address} does not answer; start it with `{command}`. This page reconnects automatically."
-            return f'<p class="unavailable" role="alert">{escape(text)}</p>'
+            return f"The service at {self.address} does not answer; start it with `{command}`. This page reconnects automatically."
         return ""
 
     def describe_diabetes(self) -> list[Any]:
@@ -123,73 +126,65 @@ class Page:
         except grpc.RpcError:
             return [gr.skip()] * (2 + len(FIELDS))
         ranges = {f["name"]: (f["unit"], f"accepted {f['minimum']:g} to {f['maximum']:g}") for f in json.loads(card["features"])}
-        return [
-            f"<p>{escape(card['description'])} Leave empty what was not measured.</p>",
-            note_html(f"{card['warning']} {card['intended_use']}"),
-            *(gr.Textbox(info="; ".join(filter(None, (ranges[k][0], normal, ranges[k][1])))) for k, (_, normal) in FIELDS.items()),
-        ]
+        infos = ["; ".join(filter(None, (ranges[name][0], normal, ranges[name][1]))) for name, (_, normal) in FIELDS.items()]
+        warning = {"note": f"{card['warning']} {card['intended_use']}"}
+        return [f"{card['description']} Leave empty what was not measured.", warning, *(gr.Textbox(info=info) for info in infos)]
 
-    def classify(self, drawing: str) -> str:
+    def classify(self, drawing: str) -> dict[str, Any]:
         """Classify a drawing: a PNG file as a data URL, or empty."""
-        picture = base64.b64decode(drawing.partition(",")[2])
-        return self._ask(lambda client: digit_html(*client.classify([picture])[0][:2])) if drawing else digit_html()
+        if not drawing:
+            return NO_DIGIT
+        with self._answer() as answer, self.connect() as client:
+            [digit] = client.classify([base64.b64decode(drawing.partition(",")[2])])
+            answer |= {"text": str(digit.digit), "bars": {str(i): f"{p:.1%}" for i, p in enumerate(digit.probabilities)}}
+        return answer
 
-    def assess(self, *values: str) -> str:
+    def assess(self, *values: str) -> dict[str, Any]:
         """Assess one patient; an empty value was not measured."""
-
-        def ask(client: Client) -> str:
+        with self._answer() as answer, self.connect() as client:
             measured = {
                 name: parse(text, float, "a number such as 33.6") for name, text in zip(FIELDS, values, strict=True) if text.strip()
             }
             [assessment] = client.assess([measured])
-            return answer_html(assessment.label) + bars_html({"positive test": assessment.probability})
+            answer |= {"text": assessment.label, "bars": {"positive test": f"{assessment.probability:.1%}"}}
+        return answer
 
-        return self._ask(ask)
-
-    def answer(self, text: str) -> str:
+    def answer(self, text: str) -> dict[str, Any]:
         """Return the word for one number and the model that gave it."""
-
-        def ask(client: Client) -> str:
+        with self._answer() as answer, self.connect() as client:
             [word] = client.answer([parse_integer(text)])
-            return answer_html(word, f"model: {word.model}")
+            answer |= {"text": word, "remark": f"model: {word.model}"}
+        return answer
 
-        return self._ask(ask)
-
-    def count(self, *span: str) -> Iterator[str]:
+    def count(self, *span: str) -> Iterator[dict[str, Any]]:
         """Yield the words from start to stop so far, both included.
 
         Each number is a call of its own, so that a visitor who leaves does not cancel a stream in the service.
         """
-        words, shown = deque[str](maxlen=COUNT_MAX_WORDS), ""
-        try:
+        words = deque[str](maxlen=COUNT_MAX_WORDS)
+        with self._answer() as answer, self.connect() as client:
             start, stop, step = map(parse_integer, span)
             if step == 0:
-                yield note_html("Step must not be 0.")
-                return
-            with self.connect() as client:
-                for number in range(start, stop + (1 if step > 0 else -1), step):
-                    [word] = client.answer([number])
-                    words.append(f'<span class="{word}">{word}</span>')  # the class of a number has no style
-                    shown = f'<p>model: {word.model}</p><div class="words" tabindex="0"><p>{" ".join(words)}</p></div>'
-                    yield shown
-                    time.sleep(COUNT_PAUSE_SECONDS)
-        except (grpc.RpcError, ValueError) as error:
-            yield shown + self._explain(error)
+                raise ValueError("Step must not be 0.")
+            for number in range(start, stop + (1 if step > 0 else -1), step):
+                [word] = client.answer([number])
+                words.append(word)
+                answer |= {"model": word.model, "words": [*words]}
+                yield {**answer}  # a copy: Gradio sends the difference to the previous value
+                time.sleep(COUNT_PAUSE_SECONDS)
+        yield answer
 
-    def _ask(self, ask: Callable[[Client], str]) -> str:
+    @contextmanager
+    def _answer(self) -> Iterator[dict[str, Any]]:
+        """Yield the value of an answer, which gets a note when there is an error, unless the banner says the same."""
+        answer: dict[str, Any] = {}
         try:
-            with self.connect() as client:
-                return ask(client)
-        except (grpc.RpcError, ValueError) as error:
-            return self._explain(error)
-
-    def _explain(self, error: Exception) -> str:
-        """Say why there is no answer, unless the banner says so already."""
-        if not isinstance(error, grpc.RpcError):
-            return note_html(str(error))
-        text = re.sub(r"^\w+\[0\](\.\w+)?: ", "", str(error.details()))  # without the path, such as `patients[0].age_years: `
-        text = re.sub("|".join(FIELDS), lambda name: FIELDS[name[0]][0], text)
-        return "" if self.check_health() else note_html(text)
+            yield answer
+        except ValueError as error:
+            answer["note"] = str(error)
+        except grpc.RpcError as error:
+            text = re.sub(r"^\w+\[0\](\.\w+)?: ", "", str(error.details()))  # without the path, such as `patients[0].age_years: `
+            answer["note"] = "" if self.check_health() else re.sub("|".join(FIELDS), lambda name: FIELDS[name[0]][0], text)
 
 
 def parse(text: str, kind: Callable[[str], Any], expected: str) -> Any:
@@ -202,23 +197,6 @@ def parse(text: str, kind: Callable[[str], Any], expected: str) -> Any:
 
 def parse_integer(text: str) -> int:
     return int(parse(text, np.int64, f"a whole number from {-(2**63)} to {2**63 - 1}"))
-
-
-def digit_html(digit: object = "", probabilities: Sequence[float] = (0.0,) * 10) -> str:
-    return answer_html(str(digit)) + bars_html({str(i): p for i, p in enumerate(probabilities)})
-
-
-def answer_html(answer: str, remark: str = "") -> str:
-    return f'<p class="answer" role="status">{escape(answer)} <small>{escape(remark)}</small></p>'  # screen readers read it out
-
-
-def bars_html(probabilities: Mapping[str, float]) -> str:
-    bar = '<dt>{0}</dt><dd><i><b style="width:{1:.1%}"></b></i><span>{1:.1%}</span></dd>'
-    return f'<dl class="bars">{"".join(bar.format(*item) for item in probabilities.items())}</dl>'
-
-
-def note_html(text: str) -> str:
-    return f'<p class="note">{escape(text)}</p>'
 
 
 @contextmanager
