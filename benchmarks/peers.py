@@ -1,6 +1,6 @@
 """Measure the service, KServe, MLServer and Triton with the same ONNX file and one onnxruntime thread.
 
-    python -m benchmarks.peers --install                # once: an environment for each peer in benchmarks/.environments
+    python -m benchmarks.peers --install                # once: the environments that measurements and tests need
     python -m benchmarks.peers fizzbuzz mnist --rows 1
 
 Every server serves one model with one instance. KServe has no batching in the server; MLServer's always waits and stays off, as by
@@ -93,8 +93,8 @@ PEERS: Mapping[str, Callable[[Site], list[str]]] = {"KServe": kserve, "MLServer"
 
 
 def install(name: str) -> Path:
-    """Install a peer into an environment of its own, unless that is up to date; return it. Raises CalledProcessError."""
-    environment, requirements = ENVIRONMENTS / name.lower(), SCRIPTS / f"{name.lower()}.txt"
+    """Install peers/NAME.txt into benchmarks/.environments/NAME, unless it is up to date; return it. Raises CalledProcessError."""
+    environment, requirements = ENVIRONMENTS / name, SCRIPTS / f"{name}.txt"
     stamp = environment / "installed"
     if not stamp.is_file() or stamp.read_text() != requirements.read_text():
         start = time.perf_counter()
@@ -120,7 +120,7 @@ def prepare(name: str, load: Load, model: Path, folder: Path) -> Server:
     """Install a peer and write what it needs into `folder`. Raises CalledProcessError and OSError."""
     (own := folder / name).mkdir()
     ports = {"grpc_port": free_port(), "http_port": free_port()}
-    site = Site(environment=install(name), model=model, card=read_card(model), folder=own, **ports)
+    site = Site(environment=install(name.lower()), model=model, card=read_card(model), folder=own, **ports)
     launcher = [sys.executable, str(SCRIPTS / "launch.py"), str(site.grpc_port), str(log := folder / f"{name}.log")]
     return Server(command=[*launcher, *PEERS[name](site)], load=with_columns(load) if name == "Triton" else load, log=log)
 
@@ -191,12 +191,12 @@ def measure(model: Path, rows: int, rounds: int, folder: Path) -> str:
 @click.argument("models", nargs=-1)
 @click.option("--rows", default=1, help="Rows per request.")
 @click.option("--rounds", default=5, help="Rounds that count; the figures are their medians.")
-@click.option("--install", "only_install", is_flag=True, help="Only install the peers; nothing to do when they are up to date.")
+@click.option("--install", "only_install", is_flag=True, help="Only install what is missing in benchmarks/.environments.")
 def main(models: Sequence[str], rows: int, rounds: int, *, only_install: bool) -> None:
     """Measure the trained MODELS (default: fizzbuzz) in the service and in its peers."""
     if only_install:
-        for name in PEERS:
-            install(name)
+        for requirements in sorted(SCRIPTS.glob("*.txt")):
+            install(requirements.stem)
         return
     for model in models or ["fizzbuzz"]:
         with tempfile.TemporaryDirectory() as folder:

@@ -21,6 +21,7 @@ from tercet.server.telemetry import Telemetry
 pytest.importorskip("ray", reason="Ray is not installed: pip install -c constraints.txt -e '.[serve,ray]'")
 ray_app: Any = pytest.importorskip("deploy.ray.app")
 
+pytestmark = pytest.mark.slow
 SERVING, NOT_SERVING = HealthCheckResponse.SERVING, HealthCheckResponse.NOT_SERVING
 
 
