@@ -10,10 +10,10 @@ import pytest
 import models
 from tests.conftest import REPOSITORY, Service, run
 
+pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
 ENVIRONMENTS = Path(os.environ.get("TERCET_ENVIRONMENTS", REPOSITORY / "benchmarks/.environments"))
 CASES = {"kserve": (3, 3), "mlserver": (10, 4)}  # checks that each makes of the service, and of each model
-pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("name", CASES)

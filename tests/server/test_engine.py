@@ -1,6 +1,7 @@
 """Engines: calibration, the checks at load, devices."""
 
 import logging
+import os
 import sys
 from itertools import cycle
 from pathlib import Path
@@ -126,15 +127,16 @@ def test_cuda_without_gpu(workspace: Path, engine_name: str) -> None:
 
 @pytest.mark.slow
 def test_serves_without_torch(workspace: Path, tmp_path: Path, cards: dict[str, Card]) -> None:
-    """Where torch and dvc are not installed the service runs and never asks for them; --engine torch says what to install."""
+    """The service runs without torch and dvc and never imports them; --engine torch says what to install."""
     for module in ("torch", "dvc"):
         (tmp_path / f"{module}.py").write_text("open(__file__ + '.imported', 'w').close()\nraise ImportError('not installed')\n")
-    with serving(workspace / "models", PYTHONPATH=str(tmp_path)) as service, Client(service.address) as client:
+    path = f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
+    with serving(workspace / "models", PYTHONPATH=path) as service, Client(service.address) as client:
         for name, card in cards.items():
             np.testing.assert_allclose(client.infer(name, card.example_rows()), answers(card), rtol=0, atol=1e-5)
     assert not list(tmp_path.glob("*.imported"))
     command = (str(BIN / "tercet"), "serve", "--engine", "torch", "--port", "0")
-    done = run(*command, cwd=workspace, check=False, PYTHONPATH=str(tmp_path))
+    done = run(*command, cwd=workspace, check=False, PYTHONPATH=path)
     assert done.returncode == 1
     assert done.stdout.splitlines() == ["tercet: the torch engine needs torch: pip install '.[torch]' (not installed)"]
 

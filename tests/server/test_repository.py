@@ -227,6 +227,8 @@ def refusing(workspace: Path, place_: Path, engine: str) -> Iterator[Refusing]:
     for name in (MODEL, "fizzbuzz"):
         for target in ("models", "good"):
             shutil.copytree(workspace / "models" / name, place_ / target / name)
+    for file in (workspace / "models").glob("*.py"):  # for the torch engine
+        shutil.copyfile(file, place_ / "models" / file.name)
     folder, good = place_ / "models" / MODEL, place_ / "good" / MODEL
     with serving(folder.parent, "--watch", "0", engine=engine) as service, triton.InferenceServerClient(service.address) as client:
         yield Refusing(client, folder, good, ask(client, read_card(good).example_rows(), good))

@@ -408,7 +408,7 @@ def test_without_gradio(tmp_path: Path) -> None:
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = run("tercet", "demo", cwd=REPOSITORY, check=False, PYTHONPATH=path)
     assert done.returncode == 1
-    assert done.stdout.splitlines() == ["tercet: the page needs more packages: pip install 'tercet[serve,demo]' (not installed)"]
+    assert done.stdout.splitlines() == ["tercet: `tercet demo` needs more packages: pip install '.[serve,demo]' (not installed)"]
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
 import ctypes
 import io
 import logging
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -58,9 +59,7 @@ class OnnxEngine:
         options.intra_op_num_threads = config.threads
         options.inter_op_num_threads = 1
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.add_session_config_entry(
-            "session.model_external_initializers_file_folder_path", "/dev/null"
-        )  # refuse external data
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", "/dev/null")  # no external data
         options.log_severity_level = 3
         providers = ["CUDAExecutionProvider"] * try_cuda + ["CPUExecutionProvider"]
         try:
@@ -126,23 +125,21 @@ class TorchEngine:
             import torch  # noqa: PLC0415  the onnxruntime engine works without it
         except ImportError as error:
             raise StartupError(f"the torch engine needs torch: pip install '.[torch]' ({error})") from error
-        import models.network  # noqa: PLC0415
-
-        if config.device == "cuda" and not torch.cuda.is_available():
+        gpu = torch.cuda.is_available()
+        if config.device == "cuda" and not gpu:
             raise StartupError("--device cuda: torch sees no GPU")
         self._torch = torch
-        self.device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
+        self.device = "cuda" if gpu and config.device != "cpu" else "cpu"
         torch.set_num_threads(config.threads)
+        build = _import_build(folder.parent)
         content = verify_file(folder, card, "model.pt")
         try:
-            network = models.network.build(card.name, card.params["train"].get("network", {}))
+            network = build(card.name, card.params["train"].get("network", {}))
             network.load_state_dict(torch.load(io.BytesIO(content), weights_only=True))
         except Exception as error:  # torch raises exceptions of any kind for a damaged file
             raise StartupError(f"{folder / 'model.pt'} does not fit models/{card.name}/network.py: {error}") from error
         self._network = network.eval().to(self.device)
-        reason = (
-            "as configured" if config.device != "auto" else "torch sees a GPU" if self.device == "cuda" else "torch sees no GPU"
-        )
+        reason = f"torch sees {'a' if gpu else 'no'} GPU" if config.device == "auto" else "as configured"
         self.name = f"torch {torch.__version__}"
         _log_device_once(self.name, self.device, reason)
 
@@ -150,6 +147,20 @@ class TorchEngine:
         with self._torch.inference_mode():
             output: Rows = self._network(self._torch.tensor(rows, device=self.device)).cpu().numpy()
         return output
+
+
+def _import_build(models_folder: Path) -> Callable[..., Any]:
+    """The function that builds a network, from the checkout that holds the models folder. Raises StartupError."""
+    sys.path.insert(0, str(models_folder.resolve().parent))
+    try:
+        from models.network import build  # noqa: PLC0415
+    except ImportError as error:
+        raise StartupError(
+            f"the torch engine needs models/network.py of the checkout that holds {models_folder}: {error}"
+        ) from error
+    finally:
+        sys.path.pop(0)
+    return build
 
 
 ENGINES: dict[str, type[OnnxEngine | TorchEngine]] = {"onnxruntime": OnnxEngine, "torch": TorchEngine}

@@ -32,9 +32,7 @@ class PixelBudget:
         if pixels > MAX_PIXELS:
             raise InvalidInputError(field, f"expected at most {MAX_PIXELS} pixels, got {image.width} x {image.height}")
         if pixels > self.pixels:
-            raise InvalidInputError(
-                field, f"the images up to this one have more than {MAX_REQUEST_PIXELS} pixels; use several requests"
-            )
+            raise InvalidInputError(field, f"the images so far have more than {MAX_REQUEST_PIXELS} pixels; use several requests")
         if image.format != "PNG" and content.count(START_OF_SCAN) > MAX_SCANS:
             raise InvalidInputError(field, f"the JPEG file has more than {MAX_SCANS} scans; save it again as a simple JPEG or PNG")
         self.pixels -= pixels

@@ -1,6 +1,7 @@
 """The Open Inference Protocol: batches, and ModelStreamInfer."""
 
 import asyncio
+import itertools
 import queue
 import re
 from collections.abc import Callable, Iterator
@@ -56,9 +57,10 @@ def numbers(response: ModelInferResponse) -> Rows:
     return np.frombuffer(response.raw_output_contents[0], "<f4")
 
 
-def test_answers_come_in_order(stub: Any, cards: list[Card]) -> None:
+def test_answers_come_in_order(stub: Any, cards: dict[str, Card]) -> None:
     """More requests than are answered at a time, for all models and of many sizes, get what ModelInfer gives, in their order."""
-    requests = [numbered(cards[i % len(cards)], 1 + i * 7 % 50, i) for i in range(3 * STREAM_WINDOW)]
+    turns = itertools.cycle(cards.values())
+    requests = [numbered(next(turns), 1 + i * 7 % 50, i) for i in range(3 * STREAM_WINDOW)]
     responses = list(stub.ModelStreamInfer(iter(requests)))
     assert [response.infer_response.id for response in responses] == [request.id for request in requests]
     for request, response in zip(requests, responses, strict=True):
@@ -70,9 +72,9 @@ def test_answers_come_in_order(stub: Any, cards: list[Card]) -> None:
         assert streamed == alone
 
 
-def test_errors_stay_in_band(stub: Any, cards: list[Card]) -> None:
+def test_errors_stay_in_band(stub: Any, cards: dict[str, Card]) -> None:
     """What is wrong with one request is said under its id, as ModelInfer says it, and the stream goes on."""
-    requests = [numbered(cards[0], 2, i) for i in range(6)]
+    requests = [numbered(cards["mnist"], 2, i) for i in range(6)]
     requests[1].model_name = "nope"
     requests[2].inputs[0].shape[0] = 3
     requests[4].model_version = "nope"
@@ -84,9 +86,9 @@ def test_errors_stay_in_band(stub: Any, cards: list[Card]) -> None:
     assert [bool(response.error_message) for response in responses] == [False, True, True, False, True, False]
 
 
-def test_tritonclient(default_service: Service, cards: list[Card]) -> None:
+def test_tritonclient(default_service: Service, cards: dict[str, Card]) -> None:
     """NVIDIA's client streams: results carry their ids, an error is raised for its request, and what follows is answered."""
-    card, got = cards[0], queue.Queue[tuple[Any, Any]]()
+    card, got = cards["mnist"], queue.Queue[tuple[Any, Any]]()
     tensor = triton.InferInput(card.input.name, [2, *card.input.shape], card.input.datatype)
     tensor.set_data_from_numpy(np.resize(card.example_rows(), (2, *card.input.shape)))
     with triton.InferenceServerClient(default_service.address) as client:

@@ -1,4 +1,5 @@
 """tercet.v1.Diabetes: measurements of patients."""
+# ruff: noqa: N802  methods are named after their RPCs
 
 from typing import Any
 
@@ -17,7 +18,7 @@ class DiabetesServicer(BaseServicer, diabetes_pb2_grpc.DiabetesServicer):
     """Answers with the model `diabetes`."""
 
     @unary_rpc
-    async def Assess(self, request: AssessRequest, _context: Any) -> AssessResponse:  # noqa: N802
+    async def Assess(self, request: AssessRequest, _context: Any) -> AssessResponse:
         model = self.backend.repository.get("diabetes")
         model.check_row_count(request.patients, "patients")  # before decoding, which is slow for very many
         rows = np.array([decode_patient(patient, model.card) for patient in request.patients], dtype=np.float32)

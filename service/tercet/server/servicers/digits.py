@@ -1,4 +1,5 @@
 """tercet.v1.Digits: images of handwritten digits."""
+# ruff: noqa: N802  methods are named after their RPCs
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +26,7 @@ class DigitsServicer(BaseServicer, digits_pb2_grpc.DigitsServicer):
         self._decoders = ThreadPoolExecutor(DECODER_THREADS)
 
     @unary_rpc
-    async def Classify(self, request: ClassifyRequest, _context: Any) -> ClassifyResponse:  # noqa: N802
+    async def Classify(self, request: ClassifyRequest, _context: Any) -> ClassifyResponse:
         model = self.backend.repository.get("mnist")
         model.check_row_count(request.images, "images")
         rows = await asyncio.get_running_loop().run_in_executor(self._decoders, decode_request, request)  # may take seconds

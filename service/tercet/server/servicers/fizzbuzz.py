@@ -1,4 +1,5 @@
 """tercet.v1.FizzBuzz: the word for a number, or for each number of a range."""
+# ruff: noqa: N802  methods are named after their RPCs
 
 from collections.abc import AsyncIterator, Iterator
 from itertools import islice
@@ -21,14 +22,14 @@ class FizzBuzzServicer(BaseServicer, fizzbuzz_pb2_grpc.FizzBuzzServicer):
     """Answers with the models `fizzbuzz` and `fizzbuzz_any`; see `split_by_model`."""
 
     @unary_rpc
-    async def Answer(self, request: AnswerRequest, _context: Any) -> AnswerResponse:  # noqa: N802
+    async def Answer(self, request: AnswerRequest, _context: Any) -> AnswerResponse:
         widest_model(self.backend.repository).check_row_count(request.numbers, "numbers")
         numbers = np.array(request.numbers, dtype=np.int64)
         answers = await answer_numbers(self.backend.repository, numbers, "numbers[{row}]")
         return AnswerResponse(words=answers.words, models=answers.models)
 
     @streaming_rpc
-    async def Count(self, request: CountRequest, _context: Any) -> AsyncIterator[CountResponse]:  # noqa: N802
+    async def Count(self, request: CountRequest, _context: Any) -> AsyncIterator[CountResponse]:
         repository = self.backend.repository
         for numbers in count_chunks(request, widest_model(repository).card):
             answers = await answer_numbers(repository, numbers, "start")

@@ -1,4 +1,5 @@
 """inference.GRPCInferenceService: the Open Inference Protocol, for every model."""
+# ruff: noqa: N802  methods are named after their RPCs
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -26,16 +27,16 @@ class InferenceServicer(BaseServicer, inference_pb2_grpc.GRPCInferenceServiceSer
     """Answers with any model."""
 
     @unary_rpc
-    async def ServerLive(self, _request: pb.ServerLiveRequest, _context: Any) -> pb.ServerLiveResponse:  # noqa: N802
+    async def ServerLive(self, _request: pb.ServerLiveRequest, _context: Any) -> pb.ServerLiveResponse:
         return pb.ServerLiveResponse(live=True)
 
     @unary_rpc
-    async def ServerReady(self, _request: pb.ServerReadyRequest, _context: Any) -> pb.ServerReadyResponse:  # noqa: N802
+    async def ServerReady(self, _request: pb.ServerReadyRequest, _context: Any) -> pb.ServerReadyResponse:
         return pb.ServerReadyResponse(ready=self.backend.repository.ready)
 
     @unary_rpc
-    async def ModelReady(self, request: pb.ModelReadyRequest, _context: Any) -> pb.ModelReadyResponse:  # noqa: N802
-        """Whether a model is loaded. An unknown model is an error, and not just not ready."""
+    async def ModelReady(self, request: pb.ModelReadyRequest, _context: Any) -> pb.ModelReadyResponse:
+        """Return whether a model is loaded. An unknown one is an error."""
         try:
             self.backend.repository.get(request.name, request.version)
         except ModelUnavailableError:
@@ -43,11 +44,11 @@ class InferenceServicer(BaseServicer, inference_pb2_grpc.GRPCInferenceServiceSer
         return pb.ModelReadyResponse(ready=True)
 
     @unary_rpc
-    async def ServerMetadata(self, _request: pb.ServerMetadataRequest, _context: Any) -> pb.ServerMetadataResponse:  # noqa: N802
+    async def ServerMetadata(self, _request: pb.ServerMetadataRequest, _context: Any) -> pb.ServerMetadataResponse:
         return pb.ServerMetadataResponse(name="tercet", version=VERSION)
 
     @unary_rpc
-    async def ModelMetadata(self, request: pb.ModelMetadataRequest, _context: Any) -> pb.ModelMetadataResponse:  # noqa: N802
+    async def ModelMetadata(self, request: pb.ModelMetadataRequest, _context: Any) -> pb.ModelMetadataResponse:
         model = self.backend.repository.get(request.name, request.version)
         return pb.ModelMetadataResponse(
             name=model.card.name,
@@ -58,22 +59,21 @@ class InferenceServicer(BaseServicer, inference_pb2_grpc.GRPCInferenceServiceSer
         )
 
     @unary_rpc
-    async def ModelInfer(self, request: pb.ModelInferRequest, _context: Any) -> pb.ModelInferResponse:  # noqa: N802
+    async def ModelInfer(self, request: pb.ModelInferRequest, _context: Any) -> pb.ModelInferResponse:
         return await self._infer(request)
 
     @unary_rpc
-    async def ModelConfig(self, request: pb.ModelConfigRequest, _context: Any) -> pb.ModelConfigResponse:  # noqa: N802
+    async def ModelConfig(self, request: pb.ModelConfigRequest, _context: Any) -> pb.ModelConfigResponse:
         return pb.ModelConfigResponse(config=model_config(self.backend.repository.get(request.name, request.version)))
 
     @unary_rpc
-    async def ModelStatistics(self, request: pb.ModelStatisticsRequest, _context: Any) -> pb.ModelStatisticsResponse:  # noqa: N802
-        """The statistics of one model, or without a name of each, in this process."""
+    async def ModelStatistics(self, request: pb.ModelStatisticsRequest, _context: Any) -> pb.ModelStatisticsResponse:
         repository = self.backend.repository
         names = [request.name] if request.name else repository.loaded_names()
         return pb.ModelStatisticsResponse(model_stats=[model_statistics(repository.get(name, request.version)) for name in names])
 
     @unary_rpc
-    async def RepositoryIndex(self, request: pb.RepositoryIndexRequest, _context: Any) -> pb.RepositoryIndexResponse:  # noqa: N802
+    async def RepositoryIndex(self, request: pb.RepositoryIndexRequest, _context: Any) -> pb.RepositoryIndexResponse:
         repository = self.backend.repository
         loaded = repository.loaded_names()
         return pb.RepositoryIndexResponse(
@@ -89,15 +89,13 @@ class InferenceServicer(BaseServicer, inference_pb2_grpc.GRPCInferenceServiceSer
         )
 
     @unary_rpc
-    async def RepositoryModelLoad(  # noqa: N802
-        self, request: pb.RepositoryModelLoadRequest, _context: Any
-    ) -> pb.RepositoryModelLoadResponse:
+    async def RepositoryModelLoad(self, request: pb.RepositoryModelLoadRequest, _context: Any) -> pb.RepositoryModelLoadResponse:
         check_repository_parameters(request)
         await self.backend.command(f"load {request.model_name}")
         return pb.RepositoryModelLoadResponse()
 
     @unary_rpc
-    async def RepositoryModelUnload(  # noqa: N802
+    async def RepositoryModelUnload(
         self, request: pb.RepositoryModelUnloadRequest, _context: Any
     ) -> pb.RepositoryModelUnloadResponse:
         check_repository_parameters(request)
@@ -105,7 +103,7 @@ class InferenceServicer(BaseServicer, inference_pb2_grpc.GRPCInferenceServiceSer
         return pb.RepositoryModelUnloadResponse()
 
     @streaming_rpc
-    async def ModelStreamInfer(  # noqa: N802
+    async def ModelStreamInfer(
         self, requests: AsyncIterator[pb.ModelInferRequest], _context: Any
     ) -> AsyncIterator[pb.ModelStreamInferResponse]:
         """Answer a stream in order, up to STREAM_WINDOW requests at a time; errors go in band."""
@@ -185,18 +183,14 @@ def model_statistics(model: Model) -> pb.ModelStatistics:
     """A model's statistics in Triton's terms. Input and output are not copied separately, so their durations stay empty."""
     recorded = model.telemetry
     batches = recorded.batches.copy()  # the engine's thread may add to it meanwhile
+    requests = {"success": recorded.success, "fail": recorded.fail, "queue": recorded.queue, "compute_infer": recorded.compute}
     return pb.ModelStatistics(
         name=model.card.name,
         version=model.card.version,
         last_inference=round(recorded.last_inference * 1e3),
         inference_count=recorded.rows,
         execution_count=sum(batch.count for batch in batches.values()),
-        inference_stats=pb.InferStatistics(
-            success=statistic_duration(recorded.success),
-            fail=statistic_duration(recorded.fail),
-            queue=statistic_duration(recorded.queue),
-            compute_infer=statistic_duration(recorded.compute),
-        ),
+        inference_stats=pb.InferStatistics(**{name: statistic_duration(each) for name, each in requests.items()}),
         batch_stats=[
             pb.InferBatchStatistics(batch_size=rows, compute_infer=statistic_duration(batch))
             for rows, batch in sorted(batches.items())
