@@ -24,7 +24,7 @@ from tritonclient.grpc import model_config_pb2
 import models
 from tests.conftest import BIN, REPOSITORY, run
 
-ENVIRONMENT = REPOSITORY / "benchmarks/.environments/triton"  # benchmarks/peers.py makes it
+ENVIRONMENT = REPOSITORY / "benchmarks/.environments/triton"  # `python -m benchmarks.peers --install` makes it
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 
 
@@ -120,7 +120,7 @@ def wait(client: Any, server: subprocess.Popen[bytes], log: Path) -> None:
     raise TimeoutError(log.read_text())
 
 
-@pytest.mark.skipif(not (ENVIRONMENT / "installed").is_file(), reason="no tritonserver: `python benchmarks/peers.py` installs it")
+@pytest.mark.skipif(not (ENVIRONMENT / "installed").is_file(), reason="tritonserver is not installed: run `python -m benchmarks.peers --install`")
 def test_triton_answers_as_the_cards_do(workspace: Path, tmp_path: Path) -> None:
     """The real server loads what was written and gives the cards' answers and labels, one row or many at a time."""
     with tritonserver(export(workspace, tmp_path / "triton", "python"), tmp_path) as client:

@@ -26,7 +26,7 @@ from tests.conftest import Service as Running
 
 DEPLOY = REPOSITORY / "deploy"
 KUBERNETES = DEPLOY / "kubernetes"
-KSERVE = REPOSITORY / "benchmarks/.environments/kserve"  # benchmarks/peers.py makes it
+KSERVE = REPOSITORY / "benchmarks/.environments/kserve"  # `python -m benchmarks.peers --install` makes it
 KINDS = {
     "Deployment": Deployment,
     "HorizontalPodAutoscaler": HorizontalPodAutoscaler,
@@ -151,7 +151,7 @@ def test_kserve_knows_every_field(name: str) -> None:
     for container in resource["spec"].get("containers", []):
         assert known_fields(container, Container) == container
     if not (KSERVE / "installed").is_file():
-        pytest.skip("KServe is not installed: `python benchmarks/peers.py` does it")
+        pytest.skip("KServe is not installed: run `python -m benchmarks.peers --install`")
     command = [str(KSERVE / "bin/python"), str(REPOSITORY / "tests/deploy/kserve_kinds.py")]
     done = subprocess.run(command, input=json.dumps(resource), capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == resource
