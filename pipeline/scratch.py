@@ -12,7 +12,16 @@ import sys
 from pathlib import Path
 
 # What the stages read, as git pathspecs; what they write stays out, so that DVC finds it as it left it.
-SOURCES = (".dvc/config", ".dvcignore", "data/sample", "dvc.yaml", "models/*.py", "params.yaml", "pipeline", "service/tercet/card.py")
+SOURCES = (
+    ".dvc/config",
+    ".dvcignore",
+    "data/sample",
+    "dvc.yaml",
+    "models/*.py",
+    "params.yaml",
+    "pipeline",
+    "service/tercet/card.py",
+)
 TRAINED = ("model.onnx", "model.pt", "card.json")
 
 

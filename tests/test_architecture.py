@@ -3,9 +3,9 @@
 import sys
 from pathlib import Path
 
+from tercet.proto import inference_pb2
 from tritonclient.grpc import model_config_pb2, service_pb2
 
-from tercet.proto import inference_pb2
 from tests.conftest import REPOSITORY, run
 
 

@@ -57,7 +57,9 @@ def test_lives_next_to_proto_plus(environment: Path, wheel: Path, workspace: Pat
         run(str(environment), "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments, cwd=tmp_path)
 
     def uses_proto_plus() -> str:
-        code = "import proto; print(type('M', (proto.Message,), {'__module__': 'm', 'x': proto.Field(proto.INT32, number=1)})(x=3).x)"
+        code = (
+            "import proto; print(type('M', (proto.Message,), {'__module__': 'm', 'x': proto.Field(proto.INT32, number=1)})(x=3).x)"
+        )
         return run(str(environment), "-c", code, cwd=tmp_path).stdout
 
     for name in order:

@@ -120,7 +120,9 @@ def wait(client: Any, server: subprocess.Popen[bytes], log: Path) -> None:
     raise TimeoutError(log.read_text())
 
 
-@pytest.mark.skipif(not (ENVIRONMENT / "installed").is_file(), reason="tritonserver is not installed: run `python -m benchmarks.peers --install`")
+@pytest.mark.skipif(
+    not (ENVIRONMENT / "installed").is_file(), reason="tritonserver is not installed: run `python -m benchmarks.peers --install`"
+)
 def test_triton_answers_as_the_cards_do(workspace: Path, tmp_path: Path) -> None:
     """The real server loads what was written and gives the cards' answers and labels, one row or many at a time."""
     with tritonserver(export(workspace, tmp_path / "triton", "python"), tmp_path) as client:
