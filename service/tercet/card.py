@@ -3,7 +3,7 @@
 import hashlib
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 import numpy as np
@@ -11,12 +11,25 @@ from numpy.typing import NDArray
 
 from tercet.errors import InvalidInputError, StartupError
 
-DTYPES: dict[str, np.dtype[Any]] = {"UINT8": np.dtype("u1"), "INT64": np.dtype("<i8"), "FP32": np.dtype("<f4")}
+
+class Datatype(NamedTuple):
+    """A datatype as numpy and ONNX call it, and the field of InferTensorContents that holds its values."""
+
+    dtype: np.dtype[Any]
+    onnx: str
+    contents: str
+
+
+DATATYPES = {  # by their names in the Open Inference Protocol
+    "UINT8": Datatype(np.dtype("u1"), "tensor(uint8)", "uint_contents"),
+    "INT64": Datatype(np.dtype("<i8"), "tensor(int64)", "int64_contents"),
+    "FP32": Datatype(np.dtype("<f4"), "tensor(float)", "fp32_contents"),
+}
 
 SIGNATURE = "card.json.sig"  # beside card.json; see service/tercet/server/signature.py
 
 Rows = NDArray[Any]
-Datatype = Literal["UINT8", "INT64", "FP32"]
+DatatypeName = Literal["UINT8", "INT64", "FP32"]
 
 
 class Feature(msgspec.Struct, frozen=True):
@@ -36,13 +49,13 @@ class Tensor(msgspec.Struct, frozen=True, dict=True):
     """A tensor; `shape` is that of one row, before it comes the batch axis."""
 
     name: str
-    datatype: Datatype
+    datatype: DatatypeName
     shape: tuple[int, ...]
 
     @cached_property
     def dtype(self) -> np.dtype[Any]:
         """The numpy dtype, little-endian."""
-        return DTYPES[self.datatype]
+        return DATATYPES[self.datatype].dtype
 
 
 class Input(Tensor, frozen=True, kw_only=True):
@@ -151,3 +164,18 @@ def verify(folder: Path, card: Card, name: str) -> bytes:
     if found != expected:
         raise StartupError(f"{path} is not the file that its card.json describes: expected SHA-256 {expected}, found {found}")
     return content
+
+
+def find_models(folder: Path) -> list[str]:
+    """Names of the models in a folder, trained or not. Raises StartupError when it cannot be read."""
+    if not folder.is_dir():
+        raise StartupError(f"{folder} is not a folder: run from the repository, or pass the folder of trained models with --models")
+    try:
+        return sorted(path.name for path in folder.iterdir() if (path / "contract.py").is_file() or is_trained(path))
+    except OSError as error:
+        raise StartupError(f"{folder} cannot be read: {error}") from error
+
+
+def is_trained(folder: Path) -> bool:
+    """Whether the pipeline has written a card into a model's folder."""
+    return (folder / "card.json").is_file()
