@@ -154,6 +154,10 @@ def from_json(text: str) -> Any:
         raise ValueError(f"expected JSON, got {text[:40]!r}: {error}") from None
 
 
+def join(*parts: str | None) -> str:
+    return ": ".join(filter(None, parts))
+
+
 def flatten(value: Any) -> list[Any]:
     """The values of a nested list, in order."""
     return [leaf for part in value for leaf in flatten(part)] if isinstance(value, list) else [value]
@@ -171,9 +175,8 @@ ADAPTERS = {
         split=lambda arguments: [arguments],
         parse=parse_patient,
         predict=lambda client, rows: (assessment._asdict() for assessment in client.assess_each(rows)),
-        text=lambda fields: (
-            f"{fields['id']}: " * ("id" in fields)
-            + f"{fields['probability']:.1%} probability of a positive test ({fields['label']})"
+        text=lambda fields: join(
+            fields.get("id"), f"{fields['probability']:.1%} probability of a positive test ({fields['label']})"
         ),
         field="patients",
         notice="for teaching and benchmarking only, not for medical decisions",
@@ -206,8 +209,7 @@ def read_file(adapter: Adapter, stream: BufferedReader, kind: str | None) -> Ite
     try:
         for record in read(lines):
             row, echo = adapter.parse(record)
-            place = f"{name}, line {lines.number}" + f": {echo['file']}" * ("file" in echo)
-            yield Record(place, row, echo, lines.last_ready)
+            yield Record(join(f"{name}, line {lines.number}", echo.get("file")), row, echo, lines.last_ready)
     except UnicodeDecodeError:
         raise CliError(f"{name}, line {lines.number}: expected text in UTF-8") from None
     except (ValueError, csv.Error) as error:
@@ -295,7 +297,7 @@ def predict_ready(client: Client, adapter: Adapter, records: Iterator[Record]) -
             row, details = locate(error, adapter.field)
             good = row - done
             if good <= 0:
-                raise CliError(": ".join(filter(None, (pending[0].place, details)))) from None
+                raise CliError(join(pending[0].place, details)) from None
         else:
             return
         yield from predict_ready(client, adapter, iter([pending.popleft() for _ in range(good)]))
