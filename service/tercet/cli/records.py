@@ -310,5 +310,5 @@ def locate(error: Any, field: str) -> tuple[int, str]:
     if match := re.match(rf"{re.escape(field)}\[(\d+)\]\S*: ", details):
         return int(match[1]), details[match.end() :]
     if TOO_LARGE in details:
-        return 0, details
+        return 0, details[details.index(TOO_LARGE) :]
     raise error

@@ -24,9 +24,9 @@ def to_text(content: RenderableType, width: int | None = None) -> str:
     return "\n".join(map(str.rstrip, capture.get().splitlines()))
 
 
-def grid(rows: Sequence[Sequence[RenderableType]], *, wrap: bool = False) -> Table:
+def grid(rows: Sequence[Sequence[RenderableType]], *, wrap: bool = False, gap: int = 2) -> Table:
     """Cells in aligned columns; only the last one may wrap."""
-    table = Table.grid(padding=(0, 2))
+    table = Table.grid(padding=(0, gap))
     for i in range(len(rows[0])):
         table.add_column(no_wrap=not (wrap and i == len(rows[0]) - 1), vertical="middle")
     for row in rows:
@@ -40,7 +40,7 @@ def show_digit(pixels: Rows, probabilities: Sequence[float]) -> str:
     picture = "\n".join("".join(HALVES[i] for i in line) for line in ink[::2] + 2 * ink[1::2])
     best = max(probabilities)
     bars = [(f"{digit}", Bar(1, 0, p, width=24), f"{p:6.1%}{' <-' * (p == best)}") for digit, p in enumerate(probabilities)]
-    return to_text(grid([(picture, grid(bars))]), width=80)
+    return to_text(grid([(picture, grid(bars, gap=1))]), width=80)
 
 
 def histogram(values: Rows) -> str:
@@ -51,7 +51,7 @@ def histogram(values: Rows) -> str:
     first, *_, last = np.flatnonzero(counts).repeat(2)
     steps = range(first, last + 1)
     bars = [(f"{edges[i]:8g} to {edges[i + 1]:g}", Bar(counts.max(), 0, counts[i], width=40), str(counts[i])) for i in steps]
-    return to_text(grid(bars), width=80)
+    return to_text(grid(bars, gap=1), width=80)
 
 
 def overview(cards: Mapping[str, Card | None]) -> str:
