@@ -41,10 +41,9 @@ def test_bench(workspace: Path, tmp_path: Path, driver: str) -> None:
 
 
 def test_unknown_model(workspace: Path) -> None:
-    """A model that there is not ends in one sentence that says what is missing."""
-    done = run(*COMMAND, "nope", "--models", str(workspace / "models"), cwd=workspace, check=False)
-    said = f"tercet: {workspace}/models/nope/card.json is missing: run `dvc repro` to train the model"
-    assert (done.returncode, done.stdout.splitlines()) == (1, [said])
+    """An unknown model is an error that suggests the right name."""
+    done = run(*COMMAND, "minst", "--models", str(workspace / "models"), cwd=workspace, check=False)
+    assert (done.returncode, done.stdout) == (1, "tercet: No model 'minst'. Did you mean 'mnist'?\n")
 
 
 def test_a_load_that_is_refused(workspace: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from tercet.cli.options import COUNT, CliError, complete_models, explain, models_option, require, unknown_model
+from tercet.cli.options import COUNT, CliError, complete_models, models_option, require, unknown_model
 
 
 @click.command()
@@ -52,7 +52,7 @@ def bench(model: str, rows: int, in_flight: int, requests: int, rounds: int, fol
             task = progress.add_task(model, total=(1 + rounds) * len(servers))
             results = load.compare(servers, work, rounds, lambda: progress.advance(task))
     except (RuntimeError, grpc.RpcError) as error:
-        raise CliError(explain("the benchmark", error) if isinstance(error, grpc.RpcError) else str(error)) from None
+        raise CliError(error.details() if isinstance(error, grpc.Call) else str(error)) from None
     results["session.run"] = load.session_run(folder / model, card, rows)
     click.echo(load.table(results, rows))
     for name, result in results.items():
