@@ -72,7 +72,11 @@ def test_what_triton_cannot_serve_is_rejected(workspace: Path, tmp_path: Path, d
             card = msgspec.json.decode((folder / "card.json").read_bytes())
             (folder / "card.json").write_bytes(msgspec.json.encode({**card, "version": "1.0"}))
     done = run(str(BIN / "tercet"), "export-triton", "triton", cwd=tmp_path, check=False)
-    messages = {"version": "expected a version of 1, 2, 3 ... for Triton, got '1.0'", "hash": "is not the file that its card.json", "none": "no trained model"}
+    messages = {
+        "version": "expected a version of 1, 2, 3 ... for Triton, got '1.0'",
+        "hash": "is not the file that its card.json",
+        "none": "no trained model",
+    }
     assert (done.returncode, len(done.stdout.splitlines())) == (1, 1)
     assert messages[damage] in done.stdout
     assert not (tmp_path / "triton").exists()

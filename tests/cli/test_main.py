@@ -15,9 +15,7 @@ from tests.conftest import BIN, REPOSITORY, Service, run, serving
 HEAVY = ("numpy", "grpc", "torch", "asyncio", "rich", "importlib.metadata")
 
 
-@pytest.mark.parametrize(
-    "arguments", ["--help", "predict --help", "models --help", "fizzbuzz --help", "health --help", "bench --help"]
-)
+@pytest.mark.parametrize("arguments", ["--help", "predict --help", "fizzbuzz --help", "health --help"])
 def test_help_imports_nothing_heavy(arguments: str) -> None:
     """Help needs none of the packages that commands need when they run."""
     program = f"""

@@ -9,15 +9,13 @@ DIR/<name>/<version>/model.py    only with --backend python
 import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
+from tercet.card import Card, Tensor, find_models, is_trained, read_card, verify
 from tercet.cli.options import models_option
-
-if TYPE_CHECKING:
-    from tercet.card import Card, Tensor
-    from tercet.server.config import Config
+from tercet.errors import StartupError
+from tercet.server.config import Config
 
 
 @click.command()
@@ -39,16 +37,12 @@ def export_triton(target: Path, backend: str, folder: Path) -> None:
     click.echo(f"{target}: {', '.join(names)}; try: tritonserver --model-repository={target}")
 
 
-def export(models: Path, target: Path, *, backend: str = "onnxruntime", config: "Config | None" = None) -> list[str]:
+def export(models: Path, target: Path, *, backend: str = "onnxruntime", config: Config | None = None) -> list[str]:
     """Write every trained model of a folder into a new or empty one; return their names.
 
     Batching and threads are those of `config`. Raises StartupError when a file is damaged, a version is not a positive integer,
     nothing is trained, or `target` is not empty.
     """
-    from tercet.card import find_models, is_trained, read_card, verify  # noqa: PLC0415  --help does without
-    from tercet.errors import StartupError  # noqa: PLC0415
-    from tercet.server.config import Config  # noqa: PLC0415
-
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise StartupError(f"{target} is not empty: name a new folder")
     cards = {name: read_card(models / name) for name in find_models(models) if is_trained(models / name)}
@@ -68,7 +62,7 @@ def export(models: Path, target: Path, *, backend: str = "onnxruntime", config: 
     return list(cards)
 
 
-def model_config(card: "Card", backend: str, config: "Config") -> str:
+def model_config(card: Card, backend: str, config: Config) -> str:
     """The config.pbtxt of a model."""
     labels = ' label_filename: "labels.txt"' if card.labels else ""
     return (
@@ -82,7 +76,7 @@ def model_config(card: "Card", backend: str, config: "Config") -> str:
     )
 
 
-def tensor_config(tensor: "Tensor") -> str:
+def tensor_config(tensor: Tensor) -> str:
     """A tensor; a row of a single number gets an axis, which Triton requires and the graph does not see."""
     reshape = "" if tensor.shape else " reshape: { shape: [ ] }"
     dims = list(tensor.shape) or [1]

@@ -4,8 +4,11 @@ import json
 from pathlib import Path
 
 import click
+import msgspec
 
+from tercet.card import find_models, is_trained, read_card
 from tercet.cli.options import complete_models, models_option, unknown_model
+from tercet.cli.render import details, overview
 
 
 @click.command()
@@ -23,11 +26,6 @@ def models(name: str | None, folder: Path, *, as_json: bool) -> None:
       tercet models diabetes
       tercet models --json | jq .metrics
     """  # noqa: D301
-    import msgspec  # noqa: PLC0415  --help does without
-
-    from tercet.card import find_models, is_trained, read_card  # noqa: PLC0415
-    from tercet.cli.render import details, overview  # noqa: PLC0415
-
     names = find_models(folder)
     if name and name not in names:
         raise unknown_model(name, names)

@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from io import BufferedReader, StringIO
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from tercet.cli.records import Adapter, Fields, Record
     from tercet.client import Client
 
-Pairs = Iterable[tuple["Record", "Fields"]]
-
 
 @click.command(context_settings={"ignore_unknown_options": True})  # values may be negative
 @client_options
@@ -23,13 +21,10 @@ Pairs = Iterable[tuple["Record", "Fields"]]
 @click.argument("values", nargs=-1, shell_complete=complete_values)
 @click.option("--input", "source", type=click.File("rb"), help="Read input from this file, `-` for stdin.")
 @click.option(
-    "--format",
-    "kind",
-    type=click.Choice(["csv", "jsonl", "lines"]),
-    help="Format of --input; by default guessed from the file suffix.",
+    "--format", "kind", type=click.Choice(["csv", "jsonl", "lines"]), help="Format of --input; by default that of its suffix."
 )
 @click.option(
-    "--output", type=click.Choice(["text", "json", "csv"]), default="text", show_default=True, help="json: one object per line."
+    "--output", type=click.Choice(["text", "json", "csv"]), default="text", show_default=True, help="Format of the output."
 )
 @click.option("--json", "output", flag_value="json", help="Short for --output json.")
 @click.option("--draw", is_flag=True, help="Draw each digit in the terminal, with all probabilities.")
@@ -59,7 +54,7 @@ def predict(
       seq 1 100 | tercet predict fizzbuzz --input -
       tercet predict fizzbuzz_any '[7, -15]'
     """  # noqa: D301
-    from tercet.cli.records import find_adapter, predict_all, read_arguments, read_file  # noqa: PLC0415  --help does without
+    from tercet.cli.records import find_adapter, predict_all, read_records  # noqa: PLC0415  --help does without
 
     if bool(values) == bool(source):
         raise click.UsageError("Give either values or --input FILE.")
@@ -69,53 +64,51 @@ def predict(
     if draw and (output != "text" or model != "mnist"):
         raise click.UsageError("--draw is for pictures of mnist, as text.")
     adapter = find_adapter(client, model)
-    records = read_file(adapter, source, kind) if source else read_arguments(adapter, values)
+    pairs = predict_all(client, adapter, read_records(adapter, values, source, kind))
     notice = adapter.notice if output == "text" else ""
-    for line in (as_drawing if draw else WRITERS[output])(adapter, predict_all(client, adapter, records)):
+    for line in format_lines(adapter, pairs, output, draw=draw):
         if notice:
             click.echo(f"tercet: {notice}", err=True)
             notice = ""
         click.echo(line)
 
 
-def as_text(adapter: "Adapter", pairs: Pairs) -> Iterator[str]:
-    return (adapter.text(fields) for _, fields in pairs)
+def format_lines(adapter: "Adapter", pairs: Iterable[tuple["Record", "Fields"]], output: str, *, draw: bool) -> Iterator[str]:
+    """Predictions as text, as JSON objects, or as CSV with a header."""
+    header: list[str] = []
+    for record, fields in pairs:
+        if output == "json":
+            yield json.dumps(fields)
+        elif output == "csv":
+            row = dict(columns(fields))
+            if not header:
+                header += row
+                yield csv_line(header)
+            yield csv_line(row.get(name, "") for name in header)
+        else:
+            yield adapter.text(fields)
+            if draw:
+                yield draw_digit(record, fields)
 
 
-def as_drawing(adapter: "Adapter", pairs: Pairs) -> Iterator[str]:
+def draw_digit(record: "Record", fields: "Fields") -> str:
     """The picture that the model sees, next to bars."""
-    with require("serve"):
-        from tercet.server.images import decode_image  # noqa: PLC0415  needs Pillow
     from tercet.cli.render import show_digit  # noqa: PLC0415
 
-    for record, fields in pairs:
-        yield adapter.text(fields)
-        yield show_digit(decode_image(record.row, record.place), fields["probabilities"])
+    with require("serve"):
+        from tercet.server.images import decode_image  # noqa: PLC0415  needs Pillow
+    return show_digit(decode_image(record.row, record.place), fields["probabilities"])
 
 
-def as_json(_adapter: "Adapter", pairs: Pairs) -> Iterator[str]:
-    return (json.dumps(fields) for _, fields in pairs)
-
-
-def as_csv(_adapter: "Adapter", pairs: Pairs) -> Iterator[str]:
-    """A header and rows; a list becomes columns `name_0`, `name_1` and so on."""
+def columns(fields: "Fields") -> Iterator[tuple[str, Any]]:
+    """Fields without lists; those become `name_0`, `name_1` and so on."""
     from tercet.cli.records import flatten  # noqa: PLC0415
 
-    header: list[str] = []
-    for _, fields in pairs:
-        row: Fields = {}
-        for name, value in fields.items():
-            row |= {f"{name}_{i}": part for i, part in enumerate(flatten(value))} if isinstance(value, list) else {name: value}
-        if not header:
-            header = list(row)
-            yield csv_line(header)
-        yield csv_line(row.get(name, "") for name in header)
+    for name, value in fields.items():
+        yield from ((f"{name}_{i}", part) for i, part in enumerate(flatten(value))) if isinstance(value, list) else [(name, value)]
 
 
 def csv_line(values: Iterable[Any]) -> str:
     line = StringIO()
     csv.writer(line, lineterminator="").writerow(values)
     return line.getvalue()
-
-
-WRITERS: dict[str, Callable[["Adapter", Pairs], Iterator[str]]] = {"text": as_text, "json": as_json, "csv": as_csv}

@@ -191,40 +191,34 @@ ADAPTERS = {
 }
 
 
-def read_arguments(adapter: Adapter, arguments: Sequence[str]) -> Iterator[Record]:
-    """The records in the arguments. Raises CliError."""
-    try:
-        for record in adapter.split(arguments):
-            row, echo = adapter.parse(record)
-            yield Record(echo.get("file", ""), row, echo)
-    except ValueError as error:
-        raise CliError(str(error)) from None
+def read_records(adapter: Adapter, arguments: Sequence[str], file: BufferedReader | None, kind: str | None) -> Iterator[Record]:
+    """The records in the arguments, or in a file in a format of READERS. Raises CliError, which names the line."""
+    lines = Lines(file) if file else None
+    if lines:
+        kind = kind or FORMATS.get(Path(lines.name).suffix.lower(), "lines")
+        kind = "jsonl" if kind == "lines" and adapter.parse is parse_json else kind
 
+    def place() -> str:
+        return f"{lines.name}, line {lines.number}" if lines else ""
 
-def read_file(adapter: Adapter, stream: BufferedReader, kind: str | None) -> Iterator[Record]:
-    """The records in a file, in a format of READERS. Raises CliError, which names the line."""
-    name, lines = stream.name.strip("<>"), Lines(stream)
-    kind = kind or FORMATS.get(Path(name).suffix.lower(), "lines")
-    read = from_json_lines if kind == "lines" and adapter.parse is parse_json else READERS[kind]
     try:
-        for record in read(lines):
+        for record in READERS[kind or ""](lines) if lines else adapter.split(arguments):
             row, echo = adapter.parse(record)
-            yield Record(join(f"{name}, line {lines.number}", echo.get("file")), row, echo, lines.last_ready)
-    except UnicodeDecodeError:
-        raise CliError(f"{name}, line {lines.number}: expected text in UTF-8") from None
+            yield Record(join(place(), echo.get("file")), row, echo, bool(lines and lines.last_ready))
     except (ValueError, csv.Error) as error:
-        raise CliError(f"{name}, line {lines.number}: {error}") from None
+        reason = "expected text in UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
+        raise CliError(join(place(), reason)) from None
 
 
 class Lines:
     """The lines of a file. `number` is that of the latest, from 1; `last_ready` says that the next one has not arrived yet."""
 
-    def __init__(self, stream: BufferedReader) -> None:
-        self._stream, self.number, self.last_ready = stream, 0, False
+    def __init__(self, file: BufferedReader) -> None:
+        self._file, self.name, self.number, self.last_ready = file, file.name.strip("<>"), 0, False
 
     def __iter__(self) -> Iterator[str]:
         rest = b""
-        while block := self._stream.read1(BLOCK):  # returns what has arrived
+        while block := self._file.read1(BLOCK):  # returns what has arrived
             *lines, rest = (rest + block).split(b"\n")
             for i, line in enumerate(lines, 1):
                 self.number, self.last_ready = self.number + 1, i == len(lines)
@@ -236,10 +230,6 @@ class Lines:
 
 def from_lines(lines: Iterable[str]) -> Iterator[str]:
     return filter(None, map(str.strip, lines))
-
-
-def from_json_lines(lines: Iterable[str]) -> Iterator[Any]:
-    return map(from_json, from_lines(lines))
 
 
 def from_csv(lines: Iterable[str]) -> Iterator[Fields]:
@@ -254,7 +244,11 @@ def from_csv(lines: Iterable[str]) -> Iterator[Fields]:
         yield row
 
 
-READERS: dict[str, Callable[[Iterable[str]], Iterator[Any]]] = {"csv": from_csv, "jsonl": from_json_lines, "lines": from_lines}
+READERS: dict[str, Callable[[Iterable[str]], Iterator[Any]]] = {
+    "csv": from_csv,
+    "jsonl": lambda lines: map(from_json, from_lines(lines)),
+    "lines": from_lines,
+}
 
 
 def predict_all(client: Client, adapter: Adapter, records: Iterator[Record]) -> Iterator[tuple[Record, Fields]]:

@@ -18,7 +18,9 @@ DIGEST = 16  # hexadecimal digits of a hash that are shown; card.json has all
 
 def to_text(content: RenderableType, width: int | None = None) -> str:
     """Render without colours; by default as wide as the terminal, or as COLUMNS."""
-    console = Console(file=StringIO(), width=width or Console().width, color_system=None, highlight=False, markup=False)
+    console = Console(
+        file=StringIO(), width=width or Console().width, color_system=None, highlight=False, markup=False, emoji=False
+    )
     with console.capture() as capture:
         console.print(content)
     return "\n".join(map(str.rstrip, capture.get().splitlines()))
