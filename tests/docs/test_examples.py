@@ -52,7 +52,7 @@ def test_every_example_is_run() -> None:
 def test_python(default_service: Service, name: str) -> None:
     """An example needs the address alone, and prints its answers."""
     example = (sys.executable, "-W", "error", f"examples/{name}.py", default_service.address)
-    printed = run(*example, cwd=REPOSITORY, PYTHONPATH=str(REPOSITORY)).stdout
+    printed = run(*example, cwd=REPOSITORY).stdout
     for expected in PRINTED[name]:
         assert expected in printed
 
