@@ -69,7 +69,7 @@ def test_every_command_has_examples(name: str) -> None:
         ("perdict", "No such command 'perdict'"),
         ("predict", "Try `tercet predict --help`"),
         ("predict mnist a.png --server localhost", "expected HOST:PORT, got 'localhost'"),
-        ("predict mnist a.png --tls-key README.md", "set all three"),
+        ("predict mnist a.png --tls-key README.md", "go together"),
         ("serve --port 80000", "80000"),
         ("serve --port abc", "'abc' is not a valid integer"),
         ("serve --engine tensorrt", "not one of 'onnxruntime', 'torch'"),

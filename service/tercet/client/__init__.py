@@ -88,7 +88,7 @@ class BaseClient:
         Raises OSError for a file that cannot be read, and ValueError for an incomplete set of TLS files.
         """
         if (tls_certificate is None) != (tls_key is None) or (tls_key and not tls_ca):
-            raise ValueError("a client certificate needs its key and the CAs to trust: set all three")
+            raise ValueError("a client certificate and its key go together, and need the CAs to trust")
         options = list((BALANCED if balanced else OPTIONS).items())
         if tls_ca:
             files = [path.read_bytes() if path else None for path in (tls_ca, tls_key, tls_certificate)]
