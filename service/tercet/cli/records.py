@@ -214,7 +214,7 @@ class Lines:
     """The lines of a file. `number` is that of the latest, from 1; `last_ready` says that the next one has not arrived yet."""
 
     def __init__(self, file: BufferedReader) -> None:
-        self._file, self.name, self.number, self.last_ready = file, file.name.strip("<>"), 0, False
+        self._file, self.name, self.number, self.last_ready = file, str(file.name).strip("<>"), 0, False
 
     def __iter__(self) -> Iterator[str]:
         rest = b""
@@ -268,7 +268,11 @@ def predict_all(client: Client, adapter: Adapter, records: Iterator[Record]) -> 
 
 
 def predict_ready(client: Client, adapter: Adapter, records: Iterator[Record]) -> Iterator[tuple[Record, Fields]]:
-    """Predict records in one stream. When one is rejected, those before it are predicted first; then it is tried once more."""
+    """Predict records in one stream.
+
+    When one is rejected, those before it are predicted first. Then the stream goes on from there: the record may have been one too
+    many for its request. It is wrong if it is rejected as the first one.
+    """
     pending = deque[Record]()  # read, and not predicted yet
     wrong: CliError | None = None
 
@@ -299,10 +303,10 @@ def predict_ready(client: Client, adapter: Adapter, records: Iterator[Record]) -
 
 
 def locate(error: Any, field: str) -> tuple[int, str]:
-    """The index of the row that an error names, and what is wrong with it. Raises an error that names none."""
+    """The index of the row that an error names, and what is wrong with it. Raises the error of a call that names none."""
     details = str(error.details() if isinstance(error, grpc.RpcError) else error)
     if match := re.match(rf"{re.escape(field)}\[(\d+)\]\S*: ", details):
         return int(match[1]), details[match.end() :]
     if TOO_LARGE in details:
         return 0, details[details.index(TOO_LARGE) :]
-    raise error
+    raise error if isinstance(error, grpc.RpcError) else CliError(details)
