@@ -292,7 +292,7 @@ def test_unavailable_is_tried_again(kind: Kind, method: str) -> None:
 
 @both
 def test_balanced(kind: Kind) -> None:
-    """Calls are spread over all services that the address names, but for one whose health is not SERVING."""
+    """Calls are spread over all services that the address names and whose health is SERVING."""
     services = [Unsteady(lambda *_: None) for _ in range(2)]
     with running(services[0]) as one, running(services[1]) as other:
 
@@ -389,7 +389,7 @@ def test_the_limit_is_asked_for_once(kind: Kind) -> None:
 
 @both
 def test_a_limit_that_has_changed_is_asked_for_again(kind: Kind) -> None:
-    """Where the service has started anew with a lower limit, one call fails, and the next one is split as it wants."""
+    """When the service restarts with a lower limit, one call fails, and the next one is split accordingly."""
 
     async def main() -> None:
         async with AsyncClient(address) as client:

@@ -34,7 +34,9 @@ class Config:
     queue_timeout: float = option(10.0, "Seconds that a request may wait before it is refused.", minimum=0.001)
     max_message_bytes: int = option(16 * 2**20, "Largest message that is read.", minimum=1, maximum=INT)
     grace: float = option(30.0, "Seconds that requests in flight have to finish at shutdown.", minimum=0)
-    metrics_port: int | None = option(None, "Port for Prometheus, 0 for a free one; else nothing is counted.", minimum=0, maximum=PORT)
+    metrics_port: int | None = option(
+        None, "Port for Prometheus, 0 for a free one; else nothing is counted.", minimum=0, maximum=PORT
+    )
     watch: float = option(1.0, "Seconds between looks at the model files; new ones are served once verified. 0: never.", minimum=0)
     trace_endpoint: str | None = option(None, "OTLP collector to send traces to, such as http://127.0.0.1:4317.")
     log_format: str = option("human", "How log lines look: human or json.", choices=("human", "json"))
@@ -44,7 +46,9 @@ class Config:
     tls_client_ca: Path | None = option(None, "PEM file with the authorities whose certificates callers must show (mTLS).")
     insecure: bool = option(False, "Allow plain text where other machines can call.")  # noqa: FBT003  so is every default given
     require_signed: Path | None = option(None, "PEM file with a public ed25519 key: serve only models signed for it.")
-    max_concurrent_streams: int = option(1024, "Most calls at a time on a connection; more wait at the client.", minimum=1, maximum=INT)
+    max_concurrent_streams: int = option(
+        1024, "Most calls at a time on a connection; more wait at the client.", minimum=1, maximum=INT
+    )
     max_connection_age: float = option(
         0.0, "Seconds until a connection ends gently, and a client connects anew. 0: never.", minimum=0
     )
