@@ -1,4 +1,4 @@
-"""`tercet export-triton`: what Triton is given, and what the real tritonserver makes of it."""
+"""`tercet export-triton`: the model repository, and predictions of the real tritonserver from it."""
 
 import os
 import shutil
@@ -27,6 +27,8 @@ from tests.conftest import BIN, REPOSITORY, run
 ENVIRONMENT = REPOSITORY / "benchmarks/.environments/triton"  # `python -m benchmarks.peers --install` makes it
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 
+pytestmark = pytest.mark.slow
+
 
 def export(workspace: Path, target: Path, backend: str) -> Path:
     """The model repository that the command writes."""
@@ -51,16 +53,16 @@ def test_a_model_is_described(workspace: Path, tmp_path: Path, backend: str, nam
     assert (folder / "1/model.py").is_file() == (backend == "python")
 
 
-def test_what_is_there_is_not_overwritten(workspace: Path, tmp_path: Path) -> None:
-    """A folder with something in it is refused in one sentence."""
+def test_nothing_is_overwritten(workspace: Path, tmp_path: Path) -> None:
+    """A folder that is not empty is rejected."""
     (tmp_path / "precious").touch()
     done = run(str(BIN / "tercet"), "export-triton", str(tmp_path), cwd=workspace, check=False)
     assert (done.returncode, done.stdout) == (1, f"tercet: {tmp_path} is not empty: name a new folder\n")
 
 
 @pytest.mark.parametrize("damage", ["version", "hash", "none"])
-def test_what_triton_cannot_serve_is_refused(workspace: Path, tmp_path: Path, damage: str) -> None:
-    """A version that is no number, a file that is not the card's, or a folder without models: one sentence."""
+def test_what_triton_cannot_serve_is_rejected(workspace: Path, tmp_path: Path, damage: str) -> None:
+    """A version that is not a number, a file that is not the card's, and a folder without models are one-line errors."""
     (tmp_path / "models").mkdir()
     if damage != "none":
         folder = Path(shutil.copytree(workspace / "models/fizzbuzz", tmp_path / "models/fizzbuzz"))
@@ -70,9 +72,13 @@ def test_what_triton_cannot_serve_is_refused(workspace: Path, tmp_path: Path, da
             card = msgspec.json.decode((folder / "card.json").read_bytes())
             (folder / "card.json").write_bytes(msgspec.json.encode({**card, "version": "1.0"}))
     done = run(str(BIN / "tercet"), "export-triton", "triton", cwd=tmp_path, check=False)
-    said = {"version": "version '1.0' is none for Triton", "hash": "is not the file that its card.json", "none": "no trained model"}
+    messages = {
+        "version": "expected a version of 1, 2, 3 ... for Triton, got '1.0'",
+        "hash": "is not the file that its card.json",
+        "none": "no trained model",
+    }
     assert (done.returncode, len(done.stdout.splitlines())) == (1, 1)
-    assert said[damage] in done.stdout
+    assert messages[damage] in done.stdout
     assert not (tmp_path / "triton").exists()
 
 
