@@ -55,6 +55,7 @@ def serve(**options: Any) -> None:
         import uvloop  # noqa: PLC0415
 
         from tercet.server import app, workers  # noqa: PLC0415
+        from tercet.server.telemetry import configure_logging  # noqa: PLC0415
     configure_logging(config.log_format)
     uvloop.run((app if config.workers == 1 else workers).serve(config, announce))
 
