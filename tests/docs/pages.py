@@ -35,7 +35,10 @@ from tests.conftest import BIN, REPOSITORY, run
 ADDRESS = re.compile(r"\b(?:127|10)\.0\.0\.\d:8001\b")  # the running service's, as the pages write it
 FILE = re.compile(r"# (\S+\.\w+)\n")
 FIGURE = re.compile(r"[█▏▎▍▌▋▊▉━╸╺ ]*\d+(\.\d+)+%?|(?<=:)\d{4,5}\b")
-NOT_RUN = ("make ", ". .venv/", "git clone ", "pip install ")  # they set up the environment in which the tests run
+NOT_RUN = (
+    *("make ", ". .venv/", "git clone ", "pip install "),  # they set up the environment in which the tests run
+    *('eval "$(_TERCET_COMPLETE=', "_TERCET_COMPLETE="),  # for an interactive bash, zsh or fish
+)
 OPTIONAL_PROGRAMS = ("curl", "hadolint", "openssl")
 PORT = re.compile(r"(?<=:)\d{4,5}\b|(?<=-port )\d+")
 SERVERS = ("tercet serve", "tercet demo")
