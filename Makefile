@@ -11,10 +11,10 @@ demo: models ## train, serve, ask, print the predictions next to the true labels
 	python examples/demo.py
 
 test: $(INSTALLED)
-	pytest -n auto
+	pytest -n auto --dist worksteal
 
 quick: $(INSTALLED) ## the tests that start no process and train nothing
-	pytest -n auto -m "not slow"
+	pytest -n auto --dist worksteal -m "not slow"
 
 lint: $(INSTALLED)
 	ruff check

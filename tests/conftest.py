@@ -122,6 +122,16 @@ def channel(service: Service) -> Iterator[grpc.Channel]:
         yield opened
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what needs the trained workspace as slow, and run it first: with `--dist worksteal` one process trains the workspace
+    while the others begin at the other end.
+    """
+    for item in items:
+        if "workspace" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: "workspace" not in getattr(item, "fixturenames", ()))
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Fail the run in CI when a test was skipped for any other reason than a missing GPU."""
