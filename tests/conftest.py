@@ -123,8 +123,9 @@ def channel(service: Service) -> Iterator[grpc.Channel]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what needs the trained workspace as slow, and run it first: with `--dist worksteal` one process trains the workspace
-    while the others begin at the other end.
+    """Mark what needs the trained workspace as slow, and run it first.
+
+    With `--dist worksteal` one process trains the workspace while the others begin at the other end.
     """
     for item in items:
         if "workspace" in getattr(item, "fixturenames", ()):
