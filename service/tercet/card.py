@@ -46,10 +46,14 @@ class Tensor(msgspec.Struct, frozen=True, dict=True):
 
 
 class Input(Tensor, frozen=True, kw_only=True):
-    """The input tensor. `features` has one entry a column of the last axis, or one for every element."""
+    """The input tensor.
+
+    `features` has one entry per column of the last axis, or one that applies to every element. With `missing`, NaN is accepted and
+    means "not measured".
+    """
 
     features: tuple[Feature, ...]
-    missing: bool
+    missing: bool = False
 
     def __post_init__(self) -> None:
         if len(self.features) not in (1, *self.shape[-1:]):
@@ -87,6 +91,20 @@ class Input(Tensor, frozen=True, kw_only=True):
             )
 
 
+class Contract(msgspec.Struct, frozen=True, kw_only=True):
+    """The input and output of a model, and the names of the output's columns: classes, or values.
+
+    `intended_use` and `warning` are sentences for users of the predictions.
+    """
+
+    description: str
+    input: Input
+    output: Tensor
+    labels: tuple[str, ...]
+    intended_use: str = ""
+    warning: str = ""
+
+
 class Example(msgspec.Struct, frozen=True):
     """A test row, its true label (or values) and the output that the trained model gave."""
 
@@ -95,15 +113,11 @@ class Example(msgspec.Struct, frozen=True):
     output: list[Any]
 
 
-class Card(msgspec.Struct, frozen=True):
-    """What the service knows of a model; all it needs besides model.onnx."""
+class Card(Contract, frozen=True, kw_only=True):
+    """The contract, figures and origin of a trained model: all that the service needs besides model.onnx."""
 
     name: str
     version: str
-    description: str
-    input: Input
-    output: Tensor
-    labels: tuple[str, ...]
     metrics: dict[str, float]
     data: dict[str, str]
     params: dict[str, Any]
@@ -111,8 +125,6 @@ class Card(msgspec.Struct, frozen=True):
     git_commit: str
     files: dict[str, str]
     examples: tuple[Example, ...]
-    intended_use: str = ""
-    warning: str = ""
     cross_validation: dict[str, Any] = msgspec.field(default_factory=dict)
 
     def example_rows(self) -> Rows:
