@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from models.mnist.dataset import sample
 from pipeline.distributed import ALONE, Alone, joined, launch, launched
-from pipeline.stage import load_params
+from pipeline.common import load_params
 from pipeline.train import Params, fit, score
 
 

@@ -23,7 +23,7 @@ from torch.nn.functional import cross_entropy
 
 import models
 from models.dataset import Dataset
-from pipeline.stage import load_params
+from pipeline.common import load_params
 from pipeline.train import Params, fit
 
 BITS, HIDDEN, LEARNING_RATE, BATCH, EPOCHS = 10, 100, 0.05, 128, 10_000  # the tutorial's

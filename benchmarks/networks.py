@@ -14,7 +14,7 @@ import torch
 
 import models
 from pipeline.export import to_onnx
-from pipeline.stage import load_params, load_rows
+from pipeline.common import load_params, load_rows
 from pipeline.train import Params, fit, score
 
 OPSET = 20

@@ -25,7 +25,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
-from pipeline.stage import load_params, load_rows
+from pipeline.common import load_params, load_rows
 from pipeline.train import Params, fit, score
 
 Rows = dict[str, np.ndarray]

@@ -1,9 +1,9 @@
-"""FizzBuzz: an integer in, the probabilities of the four things to say out."""
+"""FizzBuzz: an integer from 0 to 1023 -> the probabilities of the four answers."""
 
 from models.contract import Contract, Feature, Input, Output
 
 CONTRACT = Contract(
-    description="Says what to say for a number from 0 to 1023: the number itself, fizz, buzz or fizzbuzz.",
+    description="Answers number, fizz, buzz or fizzbuzz for an integer from 0 to 1023.",
     input=Input(
         name="number",
         datatype="INT64",

@@ -1,9 +1,9 @@
-"""FizzBuzz for every integer of 64 bits: an integer in, the probabilities of the four things to say out."""
+"""FizzBuzz: any 64-bit integer -> the probabilities of the four answers."""
 
 from models.contract import Contract, Feature, Input, Output
 
 CONTRACT = Contract(
-    description="Says what to say for any integer of 64 bits; a negative one is read by its magnitude, so -15 is fizzbuzz.",
+    description="Answers number, fizz, buzz or fizzbuzz for any 64-bit integer; the sign is ignored, so -15 is fizzbuzz.",
     input=Input(
         name="number",
         datatype="INT64",

@@ -1,9 +1,9 @@
-"""Handwritten digits: 28 x 28 pixels of ink in, ten probabilities out."""
+"""Handwritten digits: 28 x 28 pixels -> ten probabilities."""
 
 from models.contract import Contract, Feature, Input, Output
 
 CONTRACT = Contract(
-    description="Recognises a handwritten digit in a picture of 28 x 28 pixels, centred as MNIST's are.",
+    description="Classifies a handwritten digit in an image of 28 x 28 pixels, centred as in MNIST.",
     input=Input(
         name="image",
         datatype="UINT8",

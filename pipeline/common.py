@@ -1,0 +1,111 @@
+"""What all stages share: paths, parameters, prepared rows, and error messages."""
+
+import csv
+import io
+import json
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+import numpy as np
+import yaml
+
+import models
+from models.dataset import DataError, Dataset
+from models.files import atomic_write
+
+T = TypeVar("T")
+PARAMS = Path("params.yaml")
+
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+NotNegative = Annotated[int, msgspec.Meta(ge=0)]
+Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+
+
+class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A stage's section of params.yaml; the fields are the keys that it may have."""
+
+
+class PipelineError(Exception):
+    """A stage cannot continue; the message is shown to the user without a traceback."""
+
+
+def load_params(model: str, section: str, kind: type[T]) -> T:
+    """Read `models.<model>.<section>` of params.yaml as `kind`.
+
+    Raises PipelineError when the file, the model, the section or a key is missing, unknown or of the wrong type.
+    """
+    try:
+        tree = yaml.safe_load(PARAMS.read_text())
+        for depth, key in enumerate(path := ["models", model, section]):
+            if not isinstance(tree, dict) or key not in tree:
+                raise PipelineError(f"{PARAMS}: the entry {'.'.join(path[: depth + 1])} is missing")
+            tree = tree[key]
+        return msgspec.convert(tree, kind)
+    except FileNotFoundError:
+        raise PipelineError(f"{PARAMS} is missing: run the pipeline in the folder that contains it") from None
+    except yaml.YAMLError as error:
+        raise PipelineError(f"{PARAMS} is not valid YAML: {error}") from error
+    except msgspec.ValidationError as error:
+        raise PipelineError(f"{PARAMS}: models.{model}.{section}: {error}") from error
+
+
+def has_section(model: str, section: str) -> bool:
+    """Whether params.yaml has the entry `models.<model>.<section>`."""
+    return section in yaml.safe_load(PARAMS.read_text())["models"][model]
+
+
+def raw_folder(model: str) -> Path:
+    return Path("data", "raw", model)
+
+
+def prepared_file(model: str) -> Path:
+    """The file with a model's training and test rows."""
+    return Path("data", "prepared", f"{model}.npz")
+
+
+def model_folder(model: str) -> Path:
+    return Path("models", model)
+
+
+def report_folder(model: str) -> Path:
+    return model_folder(model) / "report"
+
+
+def training_folder(model: str) -> Path:
+    """The part of the report that is written before `export`: learning curves and cross-validation."""
+    return report_folder(model) / "training"
+
+
+def load_rows(model: str) -> Dataset:
+    """The prepared rows. Raises PipelineError when `prepare` has not run."""
+    try:
+        with np.load(prepared_file(model)) as rows:
+            return Dataset(**{**rows, "source": str(rows["source"])})
+    except FileNotFoundError:
+        raise PipelineError(f"{prepared_file(model)} is missing: run `dvc repro`") from None
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    atomic_write(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Write a small table for `dvc plots`; a table without rows is not plotted."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    atomic_write(path, text.getvalue().encode())
+
+
+def main(stage: Callable[[str], None]) -> None:
+    """Run a stage for the model named on the command line; on a PipelineError print its message and exit with 1."""
+    if len(sys.argv) != 2:  # noqa: PLR2004
+        sys.exit(f"usage: python -m pipeline.{stage.__name__} MODEL, where MODEL is one of {', '.join(models.names())}")
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    try:
+        stage(sys.argv[1])
+    except (PipelineError, DataError, models.UnknownModelError) as error:
+        sys.exit(f"{stage.__name__} {sys.argv[1]}: {error}")
