@@ -58,35 +58,24 @@ def has_section(model: str, section: str) -> bool:
     return section in yaml.safe_load(PARAMS.read_text())["models"][model]
 
 
-def raw_folder(model: str) -> Path:
-    return Path("data", "raw", model)
+class Paths:
+    """Where a model's files are, relative to the repository."""
 
-
-def prepared_file(model: str) -> Path:
-    """The file with a model's training and test rows."""
-    return Path("data", "prepared", f"{model}.npz")
-
-
-def model_folder(model: str) -> Path:
-    return Path("models", model)
-
-
-def report_folder(model: str) -> Path:
-    return model_folder(model) / "report"
-
-
-def training_folder(model: str) -> Path:
-    """The part of the report that is written before `export`: learning curves and cross-validation."""
-    return report_folder(model) / "training"
+    def __init__(self, model: str) -> None:
+        self.raw = Path("data", "raw", model)
+        self.prepared = Path("data", "prepared", f"{model}.npz")  # training and test rows
+        self.trained = Path("models", model)
+        self.report = self.trained / "report"
+        self.training = self.report / "training"  # learning curves and cross-validation, written before `export`
 
 
 def load_rows(model: str) -> Dataset:
     """The prepared rows. Raises PipelineError when `prepare` has not run."""
     try:
-        with np.load(prepared_file(model)) as rows:
+        with np.load(Paths(model).prepared) as rows:
             return Dataset(**{**rows, "source": str(rows["source"])})
     except FileNotFoundError:
-        raise PipelineError(f"{prepared_file(model)} is missing: run `dvc repro`") from None
+        raise PipelineError(f"{Paths(model).prepared} is missing: run `dvc repro`") from None
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

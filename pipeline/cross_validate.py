@@ -24,7 +24,7 @@ from sklearn.metrics import accuracy_score, brier_score_loss, log_loss, roc_auc_
 from tqdm import tqdm
 
 from models.dataset import Dataset
-from pipeline.common import PipelineError, Positive, Section, load_params, load_rows, main, training_folder, write_csv, write_json
+from pipeline.common import Paths, PipelineError, Positive, Section, load_params, load_rows, main, write_csv, write_json
 from pipeline.folds import SERVED, Repeat, Task, choose, cross_validate_once
 from pipeline.metrics import calibration, calibration_error, check_gates, debiased_calibration_error
 from pipeline.train import Params as TrainParams
@@ -165,8 +165,8 @@ def build_task(model: str, params: Params, data: Dataset) -> Task:
 def choose_candidates(task: Task, choices: Sequence[Changes], training_rows: int) -> tuple[list[TrainParams], str]:
     """The settings from which those of the served model are chosen, and what chooses them.
 
-    They are the `choices` if an inner cross-validation of the training rows, the first of all rows, chooses the settings of `train`;
-    otherwise those were chosen by hand, and only they are judged.
+    They are `choices` if an inner cross-validation of the training rows, the first of all rows, chooses the settings of `train`.
+    Otherwise those were chosen by hand, and only they are judged.
     """
     train = settings(task.model, {})
     candidates = [settings(task.model, changes) for changes in choices]
@@ -200,10 +200,10 @@ def cross_validate(model: str) -> None:
         "times_chosen": {str(number): chosen.count(number) for number in range(len(candidates))},
         **report(repeats, task.targets),
     }
-    write_json(training_folder(model) / "cross_validation.json", result)
+    write_json(Paths(model).training / "cross_validation.json", result)
     predictions = np.concatenate([repeat.predictions[SERVED] for repeat in repeats])
     points = calibration(predictions, np.tile(task.targets, len(repeats)))
-    write_csv(training_folder(model) / "calibration.csv", ("predicted", "observed", "rows"), points)
+    write_csv(Paths(model).training / "calibration.csv", ("predicted", "observed", "rows"), points)
     check_leakage(result, params.leakage)
     check_gates(result, params.gates.at_least, params.gates.at_most)
     print(f"{model}: " + ", ".join(f"{name} {metric['mean']:.4f}" for name, metric in result["models"][SERVED].items()))

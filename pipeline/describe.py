@@ -8,7 +8,7 @@ import jinja2
 import yaml
 
 from models.files import atomic_write
-from pipeline.common import main, model_folder, report_folder
+from pipeline.common import Paths, main
 
 PAGES = Path("docs", "models")
 
@@ -33,8 +33,8 @@ def page(card: dict[str, Any], metrics: dict[str, Any]) -> str:
 
 def describe(model: str) -> None:
     """Stage: card.json, report/metrics.json -> docs/models/<model>.md."""
-    card = json.loads((model_folder(model) / "card.json").read_text())
-    metrics = json.loads((report_folder(model) / "metrics.json").read_text())
+    card = json.loads((Paths(model).trained / "card.json").read_text())
+    metrics = json.loads((Paths(model).report / "metrics.json").read_text())
     atomic_write(PAGES / f"{model}.md", page(card, metrics).encode())
 
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 import models
 from models.files import atomic_write
-from pipeline.common import PipelineError, Section, load_params, load_rows, main, model_folder, report_folder, write_csv, write_json
+from pipeline.common import Paths, PipelineError, Section, load_params, load_rows, main, write_csv, write_json
 from pipeline.metrics import calibration, check_gates, confidence, is_classification, measure, roc
 from pipeline.train import load_network
 
@@ -40,7 +40,7 @@ def run_torch(model: str, inputs: np.ndarray) -> np.ndarray:
 
 def run_onnxruntime(model: str, inputs: np.ndarray) -> np.ndarray:
     """Predictions of model.onnx, (rows, ...), on the CPU."""
-    session = onnxruntime.InferenceSession(model_folder(model) / "model.onnx", providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(Paths(model).trained / "model.onnx", providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     return np.concatenate([session.run(None, {name: inputs[i : i + 1000]})[0] for i in range(0, len(inputs), 1000)])
 
@@ -74,7 +74,7 @@ def write_tables(model: str, probabilities: np.ndarray, targets: np.ndarray) -> 
             ],
         }
     for name, rows in tables.items():
-        write_csv(report_folder(model) / name, HEADERS[name], rows)
+        write_csv(Paths(model).report / name, HEADERS[name], rows)
 
 
 def draw_misread(model: str, images: np.ndarray, probabilities: np.ndarray, targets: np.ndarray) -> None:
@@ -89,7 +89,7 @@ def draw_misread(model: str, images: np.ndarray, probabilities: np.ndarray, targ
         cell.axis("off")
     png = io.BytesIO()
     figure.savefig(png, metadata={"Software": None})
-    atomic_write(report_folder(model) / "misread" / "misread.png", png.getvalue())
+    atomic_write(Paths(model).report / "misread" / "misread.png", png.getvalue())
 
 
 def evaluate(model: str) -> None:
@@ -102,7 +102,7 @@ def evaluate(model: str) -> None:
     predictions = run_onnxruntime(model, inputs)
     agreement = compare(run_torch(model, inputs), predictions, classes=is_classification(targets))
     metrics: dict[str, Any] = {"data": data.source, **measure(predictions, targets), **agreement}
-    write_json(report_folder(model) / "metrics.json", metrics)
+    write_json(Paths(model).report / "metrics.json", metrics)
     write_tables(model, predictions, targets)
     if is_classification(targets) and inputs.ndim == 3:  # noqa: PLR2004  images, (rows, height, width)
         draw_misread(model, inputs, predictions, targets)

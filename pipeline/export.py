@@ -13,18 +13,7 @@ import models
 from models.contract import Contract
 from models.files import atomic_write, sha256
 from models.network import Predictor
-from pipeline.common import (
-    PipelineError,
-    Positive,
-    Section,
-    has_section,
-    load_params,
-    load_rows,
-    main,
-    model_folder,
-    prepared_file,
-    training_folder,
-)
+from pipeline.common import Paths, PipelineError, Positive, Section, has_section, load_params, load_rows, main
 from pipeline.metrics import is_classification, measure
 from pipeline.train import load_network
 
@@ -66,20 +55,14 @@ def to_onnx(network: Predictor, contract: Contract, example: torch.Tensor, opset
     return graph
 
 
-def strip(graph: onnx.ModelProto) -> None:
+def strip(model: onnx.ModelProto) -> None:
     """Remove what differs between exports of equal networks: stack traces, source positions, documentation."""
-    holders: list[Any] = [
-        graph,
-        graph.graph,
-        *graph.functions,
-        *graph.graph.node,
-        *graph.graph.value_info,
-        *graph.graph.initializer,
-    ]
-    holders += [*graph.graph.input, *graph.graph.output, *(node for function in graph.functions for node in function.node)]
-    for holder in holders:
-        holder.ClearField("metadata_props")
-        holder.ClearField("doc_string")
+    graph = model.graph
+    parts: list[Any] = [model, graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer]
+    parts += [*model.functions, *(node for function in model.functions for node in function.node)]
+    for part in parts:
+        part.ClearField("metadata_props")
+        part.ClearField("doc_string")
 
 
 def git_commit() -> str:
@@ -94,7 +77,7 @@ def cross_validation(model: str) -> dict[str, Any]:
     """The results of the stage cross_validate for the served model; empty when params.yaml has no such section."""
     if not has_section(model, "cross_validate"):
         return {}
-    report = json.loads((training_folder(model) / "cross_validation.json").read_text())
+    report = json.loads((Paths(model).training / "cross_validation.json").read_text())
     return {**{key: report[key] for key in ("rows", "repeats", "folds", "chosen_by")}, **report["models"]["served"]}
 
 
@@ -114,7 +97,7 @@ def build_card(model: str, network: Predictor) -> dict[str, Any]:
         **msgspec.to_builtins(contract),
         "metrics": measure(predictions, targets),
         "cross_validation": cross_validation(model),
-        "data": {"source": data.source, "sha256": sha256(prepared_file(model).read_bytes())},
+        "data": {"source": data.source, "sha256": sha256(Paths(model).prepared.read_bytes())},
         "params": params,
         "params_sha256": sha256(msgspec.json.encode(params, order="sorted")),
         "git_commit": git_commit(),
@@ -144,7 +127,7 @@ def add_metadata(graph: onnx.ModelProto, card: dict[str, Any]) -> None:
 
 def export(model: str) -> None:
     """Stage: model.pt -> model.onnx, card.json."""
-    params, folder = load_params(model, "export", Params), model_folder(model)
+    params, folder = load_params(model, "export", Params), Paths(model).trained
     network = load_network(model)
     example = torch.from_numpy(load_rows(model).test_inputs[:2])
     graph = to_onnx(network, models.load(model, "contract").CONTRACT, example, params.opset)

@@ -7,7 +7,7 @@ from tercet.card import Input
 from tercet.errors import InvalidInputError
 
 import models
-from pipeline.common import PipelineError, load_params, main, prepared_file, raw_folder
+from pipeline.common import Paths, PipelineError, load_params, main
 
 
 def check(rows: np.ndarray, contract: Input) -> None:
@@ -23,15 +23,15 @@ def check(rows: np.ndarray, contract: Input) -> None:
 def prepare(model: str) -> None:
     """Stage: raw files -> data/prepared/<model>.npz."""
     params = load_params(model, "prepare", dict[str, Any])
-    raw_folder(model).mkdir(parents=True, exist_ok=True)
+    Paths(model).raw.mkdir(parents=True, exist_ok=True)
     try:
-        data = models.load(model, "dataset").load(raw_folder(model), **params)
+        data = models.load(model, "dataset").load(Paths(model).raw, **params)
     except TypeError as error:
         raise PipelineError(f"params.yaml: models.{model}.prepare: {error}") from error
     for rows in (data.train_inputs, data.test_inputs):
         check(rows, models.load(model, "contract").CONTRACT.input)
-    prepared_file(model).parent.mkdir(parents=True, exist_ok=True)
-    np.savez(prepared_file(model), **data._asdict())
+    Paths(model).prepared.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(Paths(model).prepared, **data._asdict())
     print(f"{model}: {len(data.train_targets)} training rows, {len(data.test_targets)} test rows, data set: {data.source}")
 
 

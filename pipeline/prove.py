@@ -11,7 +11,7 @@ import onnx
 from onnx import numpy_helper
 
 import models
-from pipeline.common import PipelineError, Positive, Section, load_params, main, model_folder, report_folder, write_json
+from pipeline.common import Paths, PipelineError, Positive, Section, load_params, main, write_json
 from pipeline.evaluate import run_onnxruntime
 from pipeline.train import load_network
 
@@ -28,7 +28,7 @@ def load_weights(model: str, proof: ModuleType) -> Any:
     network = load_network(model)
     weights = proof.Weights(*(getattr(network, name).detach().numpy() for name in proof.Weights._fields))
     try:
-        graph = onnx.load(model_folder(model) / "model.onnx").graph
+        graph = onnx.load(Paths(model).trained / "model.onnx").graph
     except FileNotFoundError as error:
         raise PipelineError(f"{error.filename} is missing: run `dvc repro`") from None
     exported = {numpy_helper.to_array(tensor).tobytes() for tensor in graph.initializer}
@@ -50,7 +50,7 @@ def try_samples(model: str, params: Params) -> int:
 def prove(model: str) -> None:
     """Stage: model.pt, model.onnx -> report/proof.json; fails, with a counterexample if there is one, when the proof fails."""
     params = load_params(model, "prove", Params)
-    target = report_folder(model) / "proof.json"
+    target = Paths(model).report / "proof.json"
     target.unlink(missing_ok=True)
     proof = models.load(model, "proof")
     weights = load_weights(model, proof)

@@ -2,7 +2,7 @@
 
 import io
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,24 +12,14 @@ import torch
 from dvclive.live import Live
 from torch import Tensor
 from torch.nn.functional import cross_entropy, mse_loss
+from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 import models.network
 from models.files import atomic_write
 from models.network import Predictor
 from pipeline import distributed
-from pipeline.common import (
-    NotNegative,
-    PipelineError,
-    Positive,
-    Section,
-    Share,
-    load_params,
-    load_rows,
-    main,
-    model_folder,
-    training_folder,
-)
+from pipeline.common import NotNegative, Paths, PipelineError, Positive, Section, Share, load_params, load_rows, main
 
 MMAP_THRESHOLD_BYTES = 31 * 2**20  # just below 32 MiB, glibc's upper limit of the dynamic threshold
 CURVE_POINTS = 100  # maximum per learning curve
@@ -78,34 +68,31 @@ def load_network(model: str) -> Predictor:
     """The trained network, in evaluation mode. Raises PipelineError when `train` has not run."""
     network = build(model, load_params(model, "train", Params).network).eval()
     try:
-        network.load_state_dict(torch.load(model_folder(model) / "model.pt", weights_only=True))
+        network.load_state_dict(torch.load(Paths(model).trained / "model.pt", weights_only=True))
     except FileNotFoundError as error:
         raise PipelineError(f"{error.filename} is missing: run `dvc repro`") from None
     return network
 
 
-def build_optimizer(network: Predictor, arguments: dict[str, Any]) -> torch.optim.Optimizer:
+def build_optimizer(parameters: Iterable[Tensor], arguments: dict[str, Any]) -> torch.optim.Optimizer:
     """An optimiser of torch.optim. Raises PipelineError when `name` is not one, or it does not accept the other arguments."""
     options = dict(arguments)
     kind = getattr(torch.optim, str(options.pop("name", None)), None)
     if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
         raise PipelineError(f"optimizer.name: expected a class of torch.optim such as SGD or AdamW, got {arguments.get('name')!r}")
     try:
-        return kind(network.parameters(), **options)
+        return kind(parameters, **options)
     except (TypeError, ValueError) as error:
         raise PipelineError(f"optimizer: {kind.__name__}: {error}") from error
 
 
-def schedule(warmup: float, steps: int) -> Any:
-    """Factor of the learning rate by step: a linear rise during `warmup`, a share of all steps, then half a cosine to 0."""
+def schedule(optimizer: torch.optim.Optimizer, warmup: float, steps: int) -> LambdaLR:
+    """Scale the learning rate: a linear rise during `warmup`, a share of all steps, then half a cosine to 0."""
     rise = max(1, round(warmup * steps))
-
-    def factor(step: int) -> float:
-        if step < rise:
-            return (step + 1) / rise
-        return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
-
-    return factor
+    fall = max(1, steps - rise)
+    return LambdaLR(
+        optimizer, lambda step: (step + 1) / rise if step < rise else 0.5 * (1 + math.cos(math.pi * (step - rise) / fall))
+    )
 
 
 def loss_of(outputs: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -116,14 +103,13 @@ def loss_of(outputs: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> T
 
 
 def count_correct(outputs: Tensor, targets: Tensor) -> Tensor:
-    """The number of rows with the right class; 0 for values."""
-    return targets.new_zeros(()) if targets.is_floating_point() else (outputs.argmax(dim=1) == targets).sum()
+    """Number of rows with the right class; NaN for values."""
+    return targets.sum() * torch.nan if targets.is_floating_point() else (outputs.argmax(dim=1) == targets).sum()
 
 
-def means(loss_sum: Tensor, correct: Tensor, rows: int, targets: Tensor) -> dict[str, float]:
-    """Mean loss, and a classifier's accuracy, over `rows` rows."""
-    accuracy = {} if targets.is_floating_point() else {"accuracy": correct.item() / rows}
-    return {"loss": loss_sum.item() / rows, **accuracy}
+def means(loss_sum: Tensor, correct: Tensor, rows: int) -> dict[str, float]:
+    """Mean loss, and a classifier's accuracy."""
+    return {"loss": loss_sum.item() / rows} | ({} if correct.isnan() else {"accuracy": correct.item() / rows})
 
 
 @torch.no_grad()
@@ -131,7 +117,7 @@ def score(network: Predictor, inputs: Tensor, targets: Tensor) -> dict[str, floa
     """Mean loss, and a classifier's accuracy, over all rows, without label smoothing."""
     network.eval()
     outputs = torch.cat([network.outputs(rows) for rows in inputs.split(1000)])  # (rows, ...)
-    return means(loss_of(outputs, targets) * len(targets), count_correct(outputs, targets), len(targets), targets)
+    return means(loss_of(outputs, targets) * len(targets), count_correct(outputs, targets), len(targets))
 
 
 def fit(
@@ -165,12 +151,11 @@ def fit(
         record(0, {"train": score(network, x, y)})
         return network.cpu().eval()
 
-    sampler, batch_size = distributed.share(len(x), params.batch_size, params.seed)
-    outputs_of = distributed.parallel(network)
-    optimizer = build_optimizer(network, params.optimizer)
-    steps = params.epochs * math.ceil(len(sampler) / batch_size)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(params.warmup, steps))
-    for epoch in (progress := tqdm(range(params.epochs), f"train {model} on {device.type}", unit="epoch", mininterval=0.5)):
+    outputs_of, sampler, batch_size = distributed.share(network, len(x), params.batch_size, params.seed)
+    optimizer = build_optimizer(network.parameters(), params.optimizer)
+    scheduler = schedule(optimizer, params.warmup, params.epochs * math.ceil(len(sampler) / batch_size))
+    title, hidden = f"train {model} on {device.type}", distributed.rank() > 0
+    for epoch in (progress := tqdm(range(params.epochs), title, unit="epoch", mininterval=0.5, disable=hidden)):
         network.train()
         sampler.set_epoch(epoch)
         loss_sum, correct = torch.zeros(2, device=device)
@@ -186,7 +171,7 @@ def fit(
             correct += count_correct(outputs, y[batch])
 
         if (epoch + 1) % math.ceil(params.epochs / CURVE_POINTS) == 0 or epoch + 1 == params.epochs:
-            point = {"train": means(loss_sum, correct, len(sampler), y)}
+            point = {"train": means(loss_sum, correct, len(sampler))}
             if len(held_out):
                 point["validation"] = score(network, validation_x, validation_y)
             record(epoch + 1, point)
@@ -197,8 +182,8 @@ def fit(
 @contextmanager
 def curves(model: str) -> Iterator[Callable[[int, Point], None]]:
     """A function that adds a point to the learning curves on disk; a single point at epoch 0 is not a curve."""
-    with Live(str(training_folder(model)), dvcyaml=False, save_dvc_exp=False) as live:
-        (training_folder(model) / "plots" / "metrics").mkdir(parents=True, exist_ok=True)  # DVC expects it even if it is empty
+    with Live(str(Paths(model).training), dvcyaml=False, save_dvc_exp=False) as live:
+        (Paths(model).training / "plots" / "metrics").mkdir(parents=True, exist_ok=True)  # DVC expects it even if it is empty
 
         def record(epoch: int, point: Point) -> None:
             live.step = epoch
@@ -222,7 +207,7 @@ def train(model: str) -> None:
             network = fit(model, data.train_inputs, data.train_targets, params, record)
     state = io.BytesIO()
     torch.save(network.state_dict(), state)
-    atomic_write(model_folder(model) / "model.pt", state.getvalue())
+    atomic_write(Paths(model).trained / "model.pt", state.getvalue())
 
 
 if __name__ == "__main__":
