@@ -1,4 +1,4 @@
-"""What all stages share: paths, parameters, prepared rows, and error messages."""
+"""What all stages share: paths, parameters, prepared rows, small files, and error messages."""
 
 import csv
 import io

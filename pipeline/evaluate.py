@@ -81,6 +81,8 @@ def draw_misread(model: str, images: np.ndarray, probabilities: np.ndarray, targ
     """Write misread.png: the first misread images, (rows, height, width), with prediction, truth and probability."""
     labels, predicted = models.load(model, "contract").CONTRACT.labels, probabilities.argmax(axis=1)
     rows = np.flatnonzero(predicted != targets)[:MAX_IMAGES]
+    if not len(rows):
+        return
     figure = Figure(figsize=(COLUMNS, 1.5 * math.ceil(len(rows) / COLUMNS)), layout="constrained")
     for position, row in enumerate(rows, 1):
         cell = figure.add_subplot(math.ceil(len(rows) / COLUMNS), COLUMNS, position)

@@ -70,15 +70,13 @@ def calibration(probabilities: np.ndarray, outcomes: np.ndarray) -> list[tuple[f
 
 
 def calibration_error(probabilities: np.ndarray, outcomes: np.ndarray) -> np.ndarray:
-    """Expected calibration error (ECE) of probabilities, (rows,), for outcomes, (..., rows).
+    """Expected calibration error (ECE) of probabilities, (rows,), for outcomes, (..., rows): the mean error of their bins.
 
-    It is the mean over rows of |mean probability - observed frequency| of the row's bin (Naeini, Cooper and Hauskrecht, "Obtaining
-    well calibrated probabilities using Bayesian binning", AAAI 2015).
+    Naeini, Cooper and Hauskrecht, "Obtaining well calibrated probabilities using Bayesian binning", AAAI 2015.
     """
     bins = equal_mass_bins(probabilities)
     errors = [np.abs(outcomes[..., rows].mean(axis=-1) - probabilities[rows].mean()) * len(rows) for rows in bins]
-    error: np.ndarray = np.sum(errors, axis=0) / len(probabilities)
-    return error
+    return np.asarray(np.sum(errors, axis=0) / len(probabilities))
 
 
 def debiased_calibration_error(probabilities: np.ndarray, outcomes: np.ndarray) -> float:

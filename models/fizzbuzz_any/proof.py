@@ -1,7 +1,7 @@
 """Proof that the network follows the FizzBuzz rule on every 64-bit integer.
 
-The network's state after a word is a vector, and 2**64 words are too many to try. But the vectors lie close to a few points, and
-each bit leads from point to point as in a finite automaton. The proof has three parts:
+There are too many words of 64 bits to try, but the network's state vectors lie close to a few points, between which each bit leads
+as in a finite automaton:
 
 1. `explore` finds the points X, (states, dimension), and the automaton on them; `minimise` reduces it.
 2. `counterexample` follows all 64-bit words at once through that automaton and through the rule's: they must agree.
@@ -12,9 +12,8 @@ each bit leads from point to point as in a finite automaton. The proof has three
    and u = 2^-53, for sums of n terms in any order, fused or not (Higham 2002, "Accuracy and Stability of Numerical Algorithms",
    section 3.1). After that, the score of the right class must still be above one half and the others below.
 
-The bound is computed in fractions, so it has no rounding error of its own. It holds for any choice of points: the distance at which
-two vectors count as one point (TOLERANCE) decides whether the proof succeeds, not whether it is right. The network ignores the
-sign, and so does the rule, so the unsigned 64-bit words cover all 64-bit integers.
+The bound is computed in fractions, without rounding. It holds for any choice of points: TOLERANCE decides whether the proof
+succeeds, not whether it is right. Network and rule ignore the sign, so the unsigned words cover all 64-bit integers.
 """
 
 from collections.abc import Sequence
@@ -68,10 +67,7 @@ def prove(weights: Weights) -> dict[str, float]:
 
 
 def explore(weights: Weights) -> tuple[np.ndarray, Automaton]:
-    """The points that the state reaches, (states, dimension), and the automaton on them.
-
-    Raises NotProvedError when there are more than MAX_STATES.
-    """
+    """The points that the state reaches, (states, dimension), and the automaton on them, if there are at most MAX_STATES."""
     points, steps = [weights.initial], []
     for point in points:  # grows
         next_states = []
@@ -119,9 +115,7 @@ def counterexample(machine: Automaton, truth: Automaton) -> int | None:
 
 
 def exact(array: np.ndarray) -> Exact:
-    """The same numbers as fractions."""
-    fractions: Exact = np.vectorize(Fraction, otypes=[object])(array)
-    return fractions
+    return np.vectorize(Fraction, otypes=[object])(array)  # type: ignore[no-any-return]
 
 
 def norm(matrix: Exact) -> Fraction:
@@ -132,7 +126,7 @@ def norm(matrix: Exact) -> Fraction:
 def error_bound(weights: Weights, points: np.ndarray, machine: Automaton) -> tuple[Fraction, Fraction]:
     """How far a score can be from that of its point after 64 bits, and how far it may be; see the module docstring.
 
-    Raises NotProvedError when the points are not a basis, because then they do not determine the vectors between them.
+    The points have to be a basis, because otherwise they do not determine the vectors between them.
     """
     x, operators, scores = exact(points), exact(weights.operators), exact(weights.scores)
     if x.shape[0] != x.shape[1] or np.linalg.matrix_rank(points) < len(points):

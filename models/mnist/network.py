@@ -29,8 +29,7 @@ def pyramid(first: int, second: int, third: int, fourth: int) -> nn.Module:
         block(first, second, 3, padding=1, pool=True),  # (batch, second, 7, 7)
         block(second, third, 3),  # (batch, third, 5, 5)
         block(third, fourth, 3),  # (batch, fourth, 3, 3)
-        nn.Flatten(),
-        nn.Linear(fourth * 3 * 3, 10),
+        *(nn.Flatten(), nn.Linear(fourth * 3 * 3, 10)),
     )
 
 
@@ -52,8 +51,7 @@ def record() -> nn.Module:
         block(48, 96, 3),  # (batch, 96, 10, 10)
         block(96, 96, 3, pool=True),  # (batch, 96, 4, 4)
         block(96, 192, 3),  # (batch, 192, 2, 2)
-        nn.Flatten(),
-        nn.Linear(192 * 2 * 2, 10),
+        *(nn.Flatten(), nn.Linear(192 * 2 * 2, 10)),
     )
 
 
@@ -93,8 +91,7 @@ def inception() -> nn.Module:
         Inception(10),  # (batch, 88, 12, 12)
         *(nn.Conv2d(88, 20, 5), nn.MaxPool2d(2), nn.ReLU()),  # (batch, 20, 4, 4)
         Inception(20),  # (batch, 88, 4, 4)
-        nn.Flatten(),
-        nn.Linear(88 * 4 * 4, 10),
+        *(nn.Flatten(), nn.Linear(88 * 4 * 4, 10)),
     )
 
 
