@@ -54,8 +54,8 @@ def load_params(model: str, section: str, kind: type[T]) -> T:
 
 
 def has_section(model: str, section: str) -> bool:
-    """Whether params.yaml has the entry `models.<model>.<section>`."""
-    return section in yaml.safe_load(PARAMS.read_text())["models"][model]
+    """Whether params.yaml has the entry `models.<model>.<section>`, and it is not empty."""
+    return bool(yaml.safe_load(PARAMS.read_text())["models"][model].get(section))
 
 
 class Paths:
