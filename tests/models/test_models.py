@@ -127,12 +127,4 @@ def test_contracts_do_not_need_torch() -> None:
         "import sys; before = set(sys.modules); import models; [models.load(name, 'contract') for name in models.names()];"
         "print(*{name.partition('.')[0] for name in set(sys.modules) - before} - sys.stdlib_module_names)"
     )
-    assert set(run(sys.executable, "-c", code, cwd=REPOSITORY).stdout.split()) <= {
-        "models",
-        "tercet",
-        "google",
-        "grpc",
-        "grpc_status",
-        "msgspec",
-        "numpy",
-    }
+    assert not {"torch", "sklearn", "onnxruntime", "pipeline"} & set(run(sys.executable, "-c", code, cwd=REPOSITORY).stdout.split())
