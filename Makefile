@@ -1,37 +1,44 @@
-# Every target makes its own .venv when it is missing.
+# Every target installs into .venv first when it is missing or out of date.
 PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/installed
+EXTRAS := serve,demo,trace,train,dev
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: demo test lint serve report proto
+.PHONY: demo test quick lint models serve report proto
 
-demo: $(INSTALLED) ## train, serve, ask, print the answers, stop
-	dvc repro
+demo: models ## train, serve, ask, print the predictions next to the true labels, stop
 	python examples/demo.py
 
 test: $(INSTALLED)
-	pytest
+	pytest -n auto
+
+quick: $(INSTALLED) ## the tests that start no process and train nothing
+	pytest -n auto -m "not slow"
 
 lint: $(INSTALLED)
 	ruff check
 	ruff format --check
 	mypy
+	lint-imports
 
-serve: $(INSTALLED)
-	dvc repro
+models: $(INSTALLED) ## train in build/, which leaves tracked files as they are; put the trained files into models/
+	python -m pipeline.scratch
+
+serve: models
 	tercet serve
 
-report: $(INSTALLED) ## all figures and plots on one page, report.html
-	dvc repro
-	python -m pipeline.report
+report: $(INSTALLED) ## render all plots as an HTML page
+	dvc plots show
 
-proto: $(INSTALLED) ## generate the code of proto/*.proto anew
+proto: $(INSTALLED) ## generate service/tercet/proto from proto/*.proto
 	python proto/generate.py
 
 $(INSTALLED): pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("tercet needs Python 3.11 or newer; set PYTHON to one")'
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("tercet needs Python 3.11 or newer: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	@echo 'pip fills $(VENV) with 7 GB, most of it torch; this takes minutes and shows nothing'
-	@$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[serve,demo,trace,train,dev]'
+	@echo 'Installing dependencies into $(VENV) (7 GB, mostly PyTorch). This takes a few minutes.'
+	@if command -v uv >/dev/null; \
+	then uv pip install --python $(VENV) -c constraints.txt -e '.[$(EXTRAS)]'; \
+	else $(VENV)/bin/pip install --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'; fi
 	touch $@

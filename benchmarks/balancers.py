@@ -1,24 +1,24 @@
-"""Two services behind HAProxy, behind nginx and behind neither, with what goes wrong, for trained models.
+"""Two services behind HAProxy, behind nginx and behind neither, while things go wrong, with trained models.
 
-    python benchmarks/balancers.py              # on this host
-    python benchmarks/balancers.py --hosts      # each on a host of its own: network namespaces on a bridge; Linux, as root
+    python -m benchmarks.balancers              # on this host
+    python -m benchmarks.balancers --hosts      # each on a host of its own: network namespaces on a bridge; Linux, as root
 
-For each way, the balancers with their files in deploy/ but for the addresses, `client` with our client's options for several hosts,
-and each fault, a load of small requests and of some larger than HAProxy's buffer runs, half of its callers with our client's
-retry policy. A third into the run one of the two services is hurt, at two thirds it is well again:
+Each way (a balancer with its file in deploy/ except for the addresses; or `client`, with our client's options for several hosts) is
+tried with each fault. The load is of small requests and of some larger than HAProxy's buffer; half of its callers have our client's
+retry policy. After a third of the run one of the two services fails, after two thirds it recovers:
 
     none      nothing
     kill -9   the process is gone; its kernel refuses connections
     kills     the same, and it is started again; every 2 s
-    SIGTERM   it drains and ends
-    SIGSTOP   it takes connections and says nothing, as a host that has hung
+    SIGTERM   it drains and exits
+    SIGSTOP   it accepts connections and does not answer, as a host that hangs
     throttled it runs a fifth of the time
-    drained   the balancer is told to send it nothing more; a second later SIGTERM
-    cut off   its host's link is down: what is sent is lost, and nobody is told (`--hosts`)
+    drained   the balancer stops sending it new calls; a second later SIGTERM
+    cut off   the link of its host is down: packets are lost without a notice (`--hosts`)
 
-`lost`: calls that ended with an error, without and with the retry policy. `wrong`: answers that are not the card's. `normal`:
-seconds after the service was last hurt until the last call that was lost or took over a second had ended. `back`: requests of the
-first model that the service answered once it was well again.
+`lost`: calls that ended with an error, without and with the retry policy. `wrong`: answers that differ from the card's. `normal`:
+seconds from the last failure of the service until the last call that was lost or took over a second had ended. `back`: requests of
+the first model that the service answered after it recovered.
 """
 
 import asyncio
@@ -30,10 +30,8 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -43,48 +41,45 @@ from typing import Any, Literal
 import click
 import grpc
 import numpy as np
-from tercet.card import Card, Rows, read_card
+from tercet.card import Card, read_card
 from tercet.client import BALANCED, OPTIONS
-from tercet.proto import inference_pb2_grpc
 from tercet.proto.inference_pb2 import ModelInferRequest, ModelStatisticsRequest
-from tercet.server.engine import TOLERANCE
+from tercet.proto.inference_pb2_grpc import GRPCInferenceServiceStub
 
-from benchmarks.load import build_request
+from benchmarks.load import Tally, build_request, free_port, is_correct, serve
 
 ROOT = Path(__file__).parents[1]
 FAULTS = ("none", "kill -9", "kills", "SIGTERM", "SIGSTOP", "throttled", "drained", "cut off")
 WAYS = ("haproxy", "nginx", "client")
 LOADS = (("fizzbuzz", 1), ("mnist", 32))  # 32 pictures are 25 KB
-CALLERS, PAUSE, DEADLINE = 4, 0.01, 30.0  # callers of each kind; seconds between calls, and for one
-LATE = 1.0  # seconds
-NEW_NETWORK = 0x40000000  # CLONE_NEWNET, which Python 3.12 knows
+CALLERS = 4  # of each kind
+PAUSE_SECONDS, DEADLINE_SECONDS = 0.01, 30.0  # between the calls of a caller; of a call
+LATE_SECONDS = 1.0
+CLONE_NEWNET = 0x40000000  # os.CLONE_NEWNET, from Python 3.12 on
 
 
 @dataclass
-class Tally:
-    """What came of the calls of one kind."""
+class CallerTally(Tally):
+    """Counts the outcomes of the calls of one kind of caller."""
 
-    latencies: list[float] = field(default_factory=list)  # seconds, of the answered ones
-    wrong: int = 0
-    lost: Counter[str] = field(default_factory=Counter)
-    late: list[float] = field(default_factory=list)  # when those ended that were lost or took long
+    late: list[float] = field(default_factory=list)  # when calls ended that were lost or late
 
 
 @dataclass
 class Host:
-    """Where a program runs; here, unless it says how a command begins that runs elsewhere."""
+    """Where a program runs: this host, or a network namespace that a prefix of the command enters."""
 
     address: str = "127.0.0.1"
-    inside: Sequence[str] = ()
+    prefix: Sequence[str] = ()
     port: str = ""  # of the bridge
 
     def connect(self, state: Literal["up", "down"]) -> None:
-        """Plug its cable in, or pull it. Raises CalledProcessError for the host that everybody is on."""
+        """Set the link of a namespace up or down. Raises CalledProcessError for this host."""
         ip(f"link set {self.port} {state}")
 
 
 def new_host(number: int) -> Host:
-    """A host on the bridge: a network namespace that lasts for as long as `cat` runs there, which ends with this process."""
+    """Add a network namespace to the bridge. It exists as long as `cat` runs there, which ends with this process."""
     holder = ["unshare", "--net", "sh", "-c", "echo; exec cat"]
     process = subprocess.Popen(holder, stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # noqa: S603
     if not (process.stdout and process.stdout.readline()):
@@ -93,65 +88,57 @@ def new_host(number: int) -> Host:
     ip(f"link add {host.port} type veth peer name eth0 netns {process.pid}")
     ip(f"link set {host.port} master hosts up")
     for command in ("link set lo up", f"address add {host.address}/24 dev eth0", "link set eth0 up"):
-        ip(command, host.inside)
+        ip(command, host.prefix)
     return host
 
 
-def ip(command: str, inside: Sequence[str] = ()) -> None:
-    """Set up a network. Raises CalledProcessError."""
-    subprocess.run([*inside, "ip", *command.split()], check=True)  # noqa: S603
+def ip(command: str, prefix: Sequence[str] = ()) -> None:
+    """Run `ip`. Raises CalledProcessError."""
+    subprocess.run([*prefix, "ip", *command.split()], check=True)  # noqa: S603
 
 
 def leave_network() -> None:
-    """Take this process out of the machine's network, onto a bridge that ends with it. Raises ClickException where it may not."""
-    if ctypes.CDLL(None).unshare(NEW_NETWORK):
+    """Move this process from the machine's network to a bridge that ends with it. Raises ClickException without permission."""
+    if ctypes.CDLL(None).unshare(CLONE_NEWNET):
         raise click.ClickException("--hosts makes network namespaces: it needs Linux and root")
     for command in ("link set lo up", "link add hosts type bridge", "address add 10.0.0.254/24 dev hosts", "link set hosts up"):
         ip(command)
 
 
-def free_port() -> int:
-    """A port that nothing listens on."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
 class Service:
-    """One service, on the same port whenever it is started."""
+    """A service that always starts on the same port."""
 
     def __init__(self, host: Host, models: Path) -> None:
         self.host, port = host, free_port()
         self.address = f"{host.address}:{port}"
-        tercet = [str(Path(sys.executable).with_name("tercet")), "serve", "--device=cpu", "--insecure"]
-        self._command = [*host.inside, *tercet, f"--host={host.address}", f"--port={port}", f"--models={models}"]
+        flags = ("--device=cpu", "--insecure", f"--host={host.address}", f"--port={port}")
+        self._command = [*host.prefix, *serve(*flags, models=models)]
         self.start()
 
     def start(self) -> None:
-        """Start it; return when it takes calls. Raises RuntimeError when it does not."""
+        """Start it; return when it accepts calls. Raises RuntimeError when it does not start."""
         self.process = subprocess.Popen(self._command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)  # noqa: S603
         if not (self.process.stdout and self.process.stdout.readline()):
             raise RuntimeError(f"{' '.join(self._command)} did not start")
 
     def stop(self) -> None:
-        """End it for good."""
         self.process.kill()
         self.process.wait()
 
 
 class Direct:
-    """No balancer: the client goes round the services."""
+    """No balancer: the client balances between the services."""
 
     options: Mapping[str, Any] = BALANCED
 
     def __init__(self, services: Sequence[Service]) -> None:
         self.address = f"ipv4:{','.join(service.address for service in services)}"
 
-    def send(self, service: Service, *, new: bool) -> None:
-        """Nobody is to be told."""
+    def accept(self, service: Service, *, new_calls: bool) -> None:
+        """Do nothing: the client watches health."""
 
     def stop(self) -> None:
-        """Nothing is to be stopped."""
+        """Do nothing: no process was started."""
 
 
 class Balancer(Direct):
@@ -164,13 +151,13 @@ class Balancer(Direct):
         self._name, self._folder, self._file = name, folder, folder / "balancer"
         text = (ROOT / "deploy" / {"haproxy": "haproxy.cfg", "nginx": "nginx.conf"}[name]).read_text()
         self.address = f"{host.address}:{free_port()}"
-        ours = {8080: self.address, **{8001 + i: service.address for i, service in enumerate(services)}}
-        text = re.sub(r"127\.0\.0\.1:(\d+)", lambda found: ours[int(found[1])], text)
+        ports = {8080: self.address, **{8001 + i: service.address for i, service in enumerate(services)}}
+        text = re.sub(r"127\.0\.0\.1:(\d+)", lambda match: ports[int(match[1])], text)
         self._file.write_text(text.replace("/run/", f"{folder}/"))
         flags = {"haproxy": ["-db", "-f"], "nginx": ["-g", "daemon off;", "-c"]}[name]
         program = shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin") or name
         with (folder / "log").open("w") as log:
-            self._process = subprocess.Popen([*host.inside, program, *flags, str(self._file)], stdout=log, stderr=log)  # noqa: S603
+            self._process = subprocess.Popen([*host.prefix, program, *flags, str(self._file)], stdout=log, stderr=log)  # noqa: S603
         with grpc.insecure_channel(self.address) as channel:
             try:
                 grpc.channel_ready_future(channel).result(10)
@@ -178,49 +165,44 @@ class Balancer(Direct):
                 self.stop()
                 raise RuntimeError(f"{name} did not start: {(folder / 'log').read_text()}") from None
 
-    def send(self, service: Service, *, new: bool) -> None:
-        """Send a service new calls, or none; those that it has go on."""
+    def accept(self, service: Service, *, new_calls: bool) -> None:
+        """Send a service new calls, or none; calls in flight go on."""
         if self._name == "haproxy":
-            with socket.socket(socket.AF_UNIX) as told:
-                told.connect(str(self._folder / "haproxy-tercet.sock"))
-                told.sendall(f"set server tercet/a state {'ready' if new else 'drain'}\n".encode())
-                told.recv(1)
+            with socket.socket(socket.AF_UNIX) as admin:
+                admin.connect(str(self._folder / "haproxy-tercet.sock"))
+                admin.sendall(f"set server tercet/a state {'ready' if new_calls else 'drain'}\n".encode())
+                admin.recv(1)
         else:
-            here = f"server {service.address}"
-            text = self._file.read_text()
-            self._file.write_text(text.replace(f"{here} down", here) if new else text.replace(here, f"{here} down"))
+            entry, text = f"server {service.address}", self._file.read_text()
+            self._file.write_text(text.replace(f"{entry} down", entry) if new_calls else text.replace(entry, f"{entry} down"))
             self._process.send_signal(signal.SIGHUP)
 
     def stop(self) -> None:
-        """End it."""
         self._process.terminate()
         self._process.wait()
 
 
-async def call(stub: Any, request: ModelInferRequest, card: Card, tally: Tally, end: float) -> None:
-    """One caller: a call after the other until the end."""
-    rows = request.inputs[0].shape[0]
-    expected: Rows = np.resize(np.array([example.output for example in card.examples]), (rows, *card.output.shape))
-    while (begun := time.perf_counter()) < end:
+async def call(stub: Any, request: ModelInferRequest, card: Card, tally: CallerTally, end: float) -> None:
+    """Send one call after the other until `end`."""
+    while (start := time.perf_counter()) < end:
         try:
-            response = await stub.ModelInfer(request, timeout=DEADLINE)
+            response = await stub.ModelInfer(request, timeout=DEADLINE_SECONDS)
         except grpc.RpcError as error:
             tally.lost[f"{error.code().name}: {error.details()}"] += 1
             tally.late.append(time.perf_counter())
         else:
-            ended = time.perf_counter()
-            tally.latencies.append(ended - begun)
-            tally.late += [ended] * (ended - begun > LATE)
-            answers = np.frombuffer(response.raw_output_contents[0], card.output.dtype)
-            tally.wrong += answers.size != expected.size or np.abs(answers - expected.ravel()).max() > TOLERANCE
-        await asyncio.sleep(PAUSE)
+            now = time.perf_counter()
+            tally.seconds.append(now - start)
+            tally.late += [now] * (now - start > LATE_SECONDS)
+            tally.wrong += not is_correct(response, card, request.inputs[0].shape[0])
+        await asyncio.sleep(PAUSE_SECONDS)
 
 
-async def hurt(service: Service, way: Direct, fault: str, seconds: float, times: list[float]) -> None:
-    """Hurt a service for so long, note when, and make it well again."""
+async def inflict(fault: str, service: Service, way: Direct, seconds: float, times: list[float]) -> None:
+    """Inflict a fault on a service for `seconds`, record when, and let it recover."""
     if fault == "kills":
         for _ in range(int(seconds / 2)):
-            await hurt(service, way, "kill -9", 0, times)
+            await inflict("kill -9", service, way, 0, times)
             await asyncio.sleep(2)
         return
     process = service.process
@@ -237,7 +219,7 @@ async def hurt(service: Service, way: Direct, fault: str, seconds: float, times:
         service.host.connect("up")
         return
     if fault == "drained":
-        way.send(service, new=False)
+        way.accept(service, new_calls=False)
         await asyncio.sleep(1)
     process.send_signal({"kill -9": signal.SIGKILL, "SIGSTOP": signal.SIGSTOP}.get(fault, signal.SIGTERM))
     await asyncio.sleep(seconds)
@@ -246,56 +228,55 @@ async def hurt(service: Service, way: Direct, fault: str, seconds: float, times:
         await asyncio.to_thread(process.wait)
         await asyncio.to_thread(service.start)
     if fault == "drained":
-        way.send(service, new=True)
+        way.accept(service, new_calls=True)
 
 
 @dataclass
 class Outcome:
-    """What came of a run."""
+    """The outcome of a run."""
 
-    plain: Tally = field(default_factory=Tally)
-    retrying: Tally = field(default_factory=Tally)  # with the retry policy
-    hurt: list[float] = field(default_factory=list)  # when
+    plain: CallerTally = field(default_factory=CallerTally)
+    retrying: CallerTally = field(default_factory=CallerTally)
+    faults: list[float] = field(default_factory=list)  # when each began
     back: int = 0
 
     def row(self) -> str:
-        """A row of the table, but for its name."""
-        latencies = self.plain.latencies + self.retrying.latencies
-        p50, p99, most = np.percentile(latencies, [50, 99, 100]) * 1e3
+        """Format a row of the table, without its name."""
+        latencies = self.plain.seconds + self.retrying.seconds
+        p50, p99, maximum = np.percentile(latencies, [50, 99, 100]) * 1e3
         lost = [sum(tally.lost.values()) for tally in (self.plain, self.retrying)]
-        late = [min((end - hurt for hurt in self.hurt if hurt <= end), default=0) for end in self.plain.late + self.retrying.late]
+        late = self.plain.late + self.retrying.late
+        normal = max((min((end - fault for fault in self.faults if fault <= end), default=0) for end in late), default=0)
         calls = f"{len(latencies) + sum(lost):6} {self.plain.wrong + self.retrying.wrong:6}"
-        times = f"{p50:8.1f} {p99:8.1f} {most:8.0f} {max(late, default=0):9.1f}"
-        return f"{calls} {lost[0]:12} {lost[1]:12} {times} {self.back:6}"
+        return f"{calls} {lost[0]:12} {lost[1]:12} {p50:8.1f} {p99:8.1f} {maximum:8.0f} {normal:9.1f} {self.back:6}"
 
 
 async def answered(service: Service) -> int:
-    """How many requests of the first model a service has answered."""
+    """Return how many requests of the first model a service has answered."""
     async with grpc.aio.insecure_channel(service.address) as channel:
-        stub = inference_pb2_grpc.GRPCInferenceServiceStub(channel)
-        found = await stub.ModelStatistics(ModelStatisticsRequest(name=LOADS[0][0]), timeout=DEADLINE, wait_for_ready=True)
-    return int(found.model_stats[0].inference_stats.success.count)
+        request = ModelStatisticsRequest(name=LOADS[0][0])
+        response = await GRPCInferenceServiceStub(channel).ModelStatistics(request, timeout=DEADLINE_SECONDS, wait_for_ready=True)
+    return int(response.model_stats[0].inference_stats.success.count)
 
 
 async def run(way: Direct, services: Sequence[Service], models: Path, fault: str, seconds: float) -> Outcome:
-    """One run."""
-    outcome = Outcome()
-    end = time.perf_counter() + seconds
-    config = json.loads(way.options["grpc.service_config"])
-    del config["methodConfig"]
+    """Run the load with one fault."""
+    outcome, end = Outcome(), time.perf_counter() + seconds
+    without_retries = json.loads(way.options["grpc.service_config"])
+    del without_retries["methodConfig"]
     async with asyncio.TaskGroup() as tasks:
-        for tally, changed in ((outcome.plain, {"grpc.service_config": json.dumps(config)}), (outcome.retrying, {})):
-            options = {**way.options, **changed, "grpc.use_local_subchannel_pool": 1}
-            stub = inference_pb2_grpc.GRPCInferenceServiceStub(grpc.aio.insecure_channel(way.address, list(options.items())))
+        for tally, changes in ((outcome.plain, {"grpc.service_config": json.dumps(without_retries)}), (outcome.retrying, {})):
+            options = {**way.options, **changes, "grpc.use_local_subchannel_pool": 1}
+            stub = GRPCInferenceServiceStub(grpc.aio.insecure_channel(way.address, list(options.items())))
             for model, rows in LOADS:
                 card = read_card(models / model)
                 for _ in range(CALLERS // len(LOADS)):
                     tasks.create_task(call(stub, build_request(card, rows), card, tally, end))
         await asyncio.sleep(seconds / 3)
         if fault != "none":
-            await hurt(services[0], way, fault, seconds / 3, outcome.hurt)
-        outcome.back -= await answered(services[0])
-    outcome.back += await answered(services[0])
+            await inflict(fault, services[0], way, seconds / 3, outcome.faults)
+        before = await answered(services[0])
+    outcome.back = await answered(services[0]) - before
     return outcome
 
 
@@ -305,11 +286,11 @@ async def run(way: Direct, services: Sequence[Service], models: Path, fault: str
 @click.option("--models", type=Path, default=ROOT / "models", help="Folder of trained models.")
 @click.option("--fault", "faults", multiple=True, type=click.Choice(FAULTS), default=FAULTS[:-1], help="What goes wrong.")
 @click.option("--hosts", is_flag=True, help="Each on a host of its own.")
-@click.option("--errors", is_flag=True, help="Print what the lost calls were told.")
+@click.option("--errors", is_flag=True, help="Print the errors of the lost calls.")
 def main(ways: Sequence[str], seconds: float, models: Path, faults: Sequence[str], *, hosts: bool, errors: bool) -> None:
-    """Try the WAYS, all unless named."""
+    """Try the WAYS (default: all) with each fault."""
     if "cut off" in faults and not hosts:
-        raise click.UsageError("only --hosts can be cut off")
+        raise click.UsageError("the fault `cut off` needs --hosts")
     if hosts:
         leave_network()
     places = [new_host(number) if hosts else Host() for number in (1, 2, 3)]
@@ -326,8 +307,10 @@ def main(ways: Sequence[str], seconds: float, models: Path, faults: Sequence[str
                 outcome = asyncio.run(run(way, services, models, fault, seconds))
             print(f"{name:8} {fault:10} {outcome.row()}", flush=True)
             if errors:
-                told = outcome.plain.lost + outcome.retrying.lost
-                print("".join(f"    {count} x {text}\n" for text, count in told.items()), end="")
+                print(
+                    "".join(f"    {count} x {text}\n" for text, count in (outcome.plain.lost + outcome.retrying.lost).items()),
+                    end="",
+                )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Fuzz a live server: `python benchmarks/fuzz.py`, with trained models; `--requests 20000` for a minute.
+"""Fuzz a running server: `python -m benchmarks.fuzz`, with trained models; `--requests 20000` for a minute.
 
-Right requests of every method are damaged, as messages (fields cleared, doubled, set to something else) or as bytes (bits, extreme
-numbers, pieces cut, doubled or of another request), and sent. What the answer has to be is told by the same bytes read here: bytes
-that are no message are INVALID_ARGUMENT, unknown models and versions NOT_FOUND, a request that means what it did before is OK, and
-what is OK has as many rows as were asked for. Every tenth request is a right one, and its answer must be the known one. The server
-must not answer INTERNAL or UNKNOWN, write a traceback or end. A request that was not answered so is printed, as hex.
+Valid requests of every method are damaged, as messages (fields cleared, repeated, set to other values) or as bytes (flipped bits,
+extreme numbers, pieces removed, repeated or taken from another request), and sent. Parsing the same bytes here tells which answers
+are right: INVALID_ARGUMENT for bytes that are not a message, NOT_FOUND for unknown models and versions, OK for a request whose
+meaning is unchanged, and as many rows as requested with every OK. Every tenth request is undamaged and must be answered as before.
+The server must not answer INTERNAL or UNKNOWN, log a traceback or exit. A request with a wrong answer is printed as hex.
 """
 
 import asyncio
@@ -18,7 +18,6 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import click
@@ -29,39 +28,39 @@ from google.protobuf.message import DecodeError, Message
 from grpc import StatusCode
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from PIL import Image
-from tercet.card import Card, read_card
+from tercet.card import DATATYPES, Card, find_models, read_card
 from tercet.proto import diabetes_pb2, digits_pb2, fizzbuzz_pb2, inference_pb2
-from tercet.server.repository import find
-from tercet.server.tensors import CONTENTS
 
-from benchmarks.load import build_request
+from benchmarks.load import MODELS, build_request, connect, serve
 
-MODELS = Path("models")
 REFUSED = {StatusCode.INVALID_ARGUMENT}
 EXTREMES = [0, 1, -1, 127, 128, 1023, 1024, 4096, 4097, 2**31 - 1, 2**31, 2**32, 2**62, 2**63 - 1, -(2**63)]
 TOLERANCE = 1e-4
-MOST_FAILURES = 20
+MAX_FAILURES = 20
 
 
 @dataclass(frozen=True)
 class Seed:
-    """A right request of a method."""
+    """A valid request of a method."""
 
     method: str
     request: Message
     response: type[Message]
     stream: str = ""  # `out`: one request, many responses; `both`: many of each
-    allowed: frozenset[StatusCode] = frozenset()  # besides OK and INVALID_ARGUMENT, whatever the request says
+    allowed: frozenset[StatusCode] = frozenset()  # in addition to OK and INVALID_ARGUMENT, whatever the request contains
 
 
 def seeds(cards: dict[str, Card]) -> list[Seed]:
-    """Right requests of all methods but those that change which models are served, whose models do not exist."""
+    """Return valid requests of all methods. Those that load and unload name a model that does not exist."""
     inference, missing = "/inference.GRPCInferenceService/", frozenset({StatusCode.NOT_FOUND})
-    found = [
+    valid = [
         Seed("/tercet.v1.FizzBuzz/Answer", fizzbuzz_pb2.AnswerRequest(numbers=[3, 15, 1024]), fizzbuzz_pb2.AnswerResponse),
         Seed("/tercet.v1.FizzBuzz/Count", fizzbuzz_pb2.CountRequest(start=1, stop=5), fizzbuzz_pb2.CountResponse, "out"),
-        Seed("/tercet.v1.Diabetes/Assess", assess(cards["diabetes"]), diabetes_pb2.AssessResponse),
-        *(Seed("/tercet.v1.Digits/Classify", request, digits_pb2.ClassifyResponse) for request in pictures(cards["mnist"])),
+        Seed("/tercet.v1.Diabetes/Assess", assess_request(cards["diabetes"]), diabetes_pb2.AssessResponse),
+        *(
+            Seed("/tercet.v1.Digits/Classify", request, digits_pb2.ClassifyResponse)
+            for request in classify_requests(cards["mnist"])
+        ),
         Seed("/grpc.health.v1.Health/Check", HealthCheckRequest(service="mnist"), HealthCheckResponse, allowed=missing),
         Seed(f"{inference}ServerLive", inference_pb2.ServerLiveRequest(), inference_pb2.ServerLiveResponse),
         Seed(f"{inference}ServerReady", inference_pb2.ServerReadyRequest(), inference_pb2.ServerReadyResponse),
@@ -72,31 +71,31 @@ def seeds(cards: dict[str, Card]) -> list[Seed]:
     ]
     for kind in ("ModelReady", "ModelMetadata", "ModelConfig", "ModelStatistics"):
         request, response = (getattr(inference_pb2, f"{kind}{end}") for end in ("Request", "Response"))
-        found.append(Seed(inference + kind, request(name="fizzbuzz"), response, allowed=missing))
+        valid.append(Seed(inference + kind, request(name="fizzbuzz"), response, allowed=missing))
     for kind in ("Load", "Unload"):
         request, response = (getattr(inference_pb2, f"RepositoryModel{kind}{end}") for end in ("Request", "Response"))
-        found.append(Seed(f"{inference}RepositoryModel{kind}", request(model_name="none such"), response, allowed=missing))
+        valid.append(Seed(f"{inference}RepositoryModel{kind}", request(model_name="none such"), response, allowed=missing))
     for card in cards.values():
         raw = build_request(card, 2)
         raw.outputs.add(name=card.output.name)
         raw.parameters["priority"].int64_param = 1
         typed = inference_pb2.ModelInferRequest(model_name=card.name, model_version=card.version, id="1", inputs=raw.inputs)
-        getattr(typed.inputs[0].contents, CONTENTS[card.input.datatype]).extend(card.example_rows()[:2].ravel().tolist())
+        contents = getattr(typed.inputs[0].contents, DATATYPES[card.input.datatype].contents_field)
+        contents.extend(card.example_rows()[:2].ravel().tolist())
         for request in (raw, typed):
-            found.append(Seed(f"{inference}ModelInfer", request, inference_pb2.ModelInferResponse, allowed=missing))
-            found.append(Seed(f"{inference}ModelStreamInfer", request, inference_pb2.ModelStreamInferResponse, "both"))
-    return found
+            valid.append(Seed(f"{inference}ModelInfer", request, inference_pb2.ModelInferResponse, allowed=missing))
+            valid.append(Seed(f"{inference}ModelStreamInfer", request, inference_pb2.ModelStreamInferResponse, "both"))
+    return valid
 
 
-def assess(card: Card) -> Message:
-    """Two patients."""
+def assess_request(card: Card) -> Message:
     names = [feature.name for feature in card.input.features]
-    rows = [{name: v for name, v in zip(names, row, strict=True) if v == v} for row in card.example_rows()[:2].tolist()]  # noqa: PLR0124  no NaN
+    rows = [{name: v for name, v in zip(names, row, strict=True) if v == v} for row in card.example_rows()[:2].tolist()]  # noqa: PLR0124  not NaN
     return diabetes_pb2.AssessRequest(patients=[diabetes_pb2.Patient(**row) for row in rows])
 
 
-def pictures(card: Card) -> list[Message]:
-    """A digit as pixels, and in files of several kinds."""
+def classify_requests(card: Card) -> list[Message]:
+    """Return a digit as pixels, and in files of several formats."""
     pixels, files = card.example_rows()[0], []
     large = Image.fromarray(255 - pixels).resize((60, 90))
     for mode, kind in (("L", "PNG"), ("RGBA", "PNG"), ("P", "PNG"), ("L", "JPEG"), ("RGB", "JPEG")):
@@ -109,119 +108,118 @@ def pictures(card: Card) -> list[Message]:
 
 
 def varint(number: int) -> bytes:
-    """A number as protobuf writes it."""
-    number, out = number & (2**64 - 1), bytearray()
-    while number > 127:  # noqa: PLR2004  seven bits a byte
-        out.append(number & 127 | 128)
+    """Encode a number as protobuf does."""
+    number, encoded = number & (2**64 - 1), bytearray()
+    while number > 127:  # noqa: PLR2004  seven bits per byte
+        encoded.append(number & 127 | 128)
         number >>= 7
-    return bytes(out) + bytes([number])
+    return bytes(encoded) + bytes([number])
 
 
-def damage(chance: random.Random, content: bytes, other: bytes) -> bytes:
-    """Do one to three things to a request."""
+def damage_bytes(rng: random.Random, content: bytes, other: bytes) -> bytes:
+    """Damage the bytes of a request in one to three ways."""
     damaged = bytearray(content)
-    for _ in range(chance.randint(1, 3)):
-        start, stop = sorted(chance.choices(range(len(damaged) + 1), k=2))
+    for _ in range(rng.randint(1, 3)):
+        start, stop = sorted(rng.choices(range(len(damaged) + 1), k=2))
         stop = min(stop, start + 64)
-        match chance.randrange(7):
+        match rng.randrange(7):
             case 0 if damaged:
-                damaged[chance.randrange(len(damaged))] ^= 1 << chance.randrange(8)
+                damaged[rng.randrange(len(damaged))] ^= 1 << rng.randrange(8)
             case 1 if damaged:
-                damaged[chance.randrange(len(damaged))] = chance.choice((0, 1, 127, 128, 255, chance.randrange(256)))
+                damaged[rng.randrange(len(damaged))] = rng.choice((0, 1, 127, 128, 255, rng.randrange(256)))
             case 2:
-                damaged[start : start + chance.choice((0, 1))] = varint(chance.choice(EXTREMES))
+                damaged[start : start + rng.choice((0, 1))] = varint(rng.choice(EXTREMES))
             case 3:
                 del damaged[start:stop]
             case 4:
-                damaged[start:start] = damaged[start:stop] * chance.choice((1, 1, 2, 50))
+                damaged[start:start] = damaged[start:stop] * rng.choice((1, 1, 2, 50))
             case 5:
                 del damaged[start:]
             case 6:
-                damaged += other if chance.random() < 0.5 else chance.randbytes(chance.randrange(8))  # noqa: PLR2004
+                damaged += other if rng.random() < 0.5 else rng.randbytes(rng.randrange(8))  # noqa: PLR2004
     return bytes(damaged)
 
 
-def twist(chance: random.Random, request: Message) -> bytes:
-    """Do one to three things to the fields of a request, at any depth."""
-    twisted = type(request).FromString(request.SerializeToString())
-    for _ in range(chance.randint(1, 3)):
-        message: Any = twisted
-        while (inner := children(message)) and chance.random() < 0.7:  # noqa: PLR2004  most have one child, and much in it
-            message = chance.choice(inner)
-        field = chance.choice(message.DESCRIPTOR.fields or [None])
+def damage_fields(rng: random.Random, request: Message) -> bytes:
+    """Change one to three fields of a request, at any depth."""
+    damaged = type(request).FromString(request.SerializeToString())
+    for _ in range(rng.randint(1, 3)):
+        message: Any = damaged
+        while (inner := children(message)) and rng.random() < 0.7:  # noqa: PLR2004  most have one child, with most of the content
+            message = rng.choice(inner)
+        field = rng.choice(message.DESCRIPTOR.fields or [None])
         if field is None:
             continue
-        if chance.random() < 0.2 or (field.message_type and field.message_type.GetOptions().map_entry):  # noqa: PLR2004
+        if rng.random() < 0.2 or (field.message_type and field.message_type.GetOptions().map_entry):  # noqa: PLR2004
             message.ClearField(field.name)
         elif field.message_type:
             part = getattr(message, field.name)
             part.add() if field.is_repeated else part.SetInParent()
         else:
             with contextlib.suppress(ValueError, TypeError):  # not every number fits
-                value = anything(chance, field)
+                value = random_value(rng, field)
                 getattr(message, field.name).append(value) if field.is_repeated else setattr(message, field.name, value)
-    return bytes(twisted.SerializeToString())
+    return bytes(damaged.SerializeToString())
 
 
 def children(message: Any) -> list[Any]:
-    """The messages in a message, but for those of maps."""
-    found = []
+    """Return the messages in a message, except those of maps."""
+    inner = []
     for field, value in message.ListFields():
         if field.message_type and not field.message_type.GetOptions().map_entry:
-            found += list(value) if field.is_repeated else [value]
-    return found
+            inner += list(value) if field.is_repeated else [value]
+    return inner
 
 
-def anything(chance: random.Random, field: Any) -> Any:
-    """A value for a field."""
+def random_value(rng: random.Random, field: Any) -> Any:
     if field.cpp_type == field.CPPTYPE_STRING:
-        content = chance.choice((b"", b"fizzbuzz", b"mnist", b"1", b"INT64", b"FP32", b"\0", b"a" * 9000, chance.randbytes(8)))
+        content = rng.choice((b"", b"fizzbuzz", b"mnist", b"1", b"INT64", b"FP32", b"\0", b"a" * 9000, rng.randbytes(8)))
         return content if field.type == field.TYPE_BYTES else content.decode("latin-1")
-    return chance.choice((*EXTREMES, float("nan"), float("inf"), 1e300, -0.5, True))
+    return rng.choice((*EXTREMES, float("nan"), float("inf"), 1e300, -0.5, True))
 
 
 class Fuzzer:
-    """Sends requests and judges the answers."""
+    """Sends requests and checks the answers."""
 
     def __init__(self, channels: list[grpc.aio.Channel], cards: dict[str, Card], seed: int) -> None:
         self.channels, self.cards, self.seeds = channels, cards, seeds(cards)
-        self.contents = [found.request.SerializeToString() for found in self.seeds]
-        self.chance = random.Random(seed)  # noqa: S311  nothing secret
+        self.contents = [seed.request.SerializeToString() for seed in self.seeds]
+        self.rng = random.Random(seed)  # noqa: S311  not a secret
         self.codes: Counter[tuple[str, str]] = Counter()
-        self.right = 0
+        self.undamaged = 0
         self.failures: list[str] = []
-        self.known: dict[tuple[str, bytes], list[Message]] = {}
+        self.expected: dict[tuple[str, bytes], list[Message]] = {}
 
     async def learn(self) -> None:
-        """Ask all right requests once."""
+        """Send all valid requests once and keep the answers."""
         for seed, content in zip(self.seeds, self.contents, strict=True):
-            code, answers = await self.ask(seed, content)
+            code, answers = await self.send(seed, content)
             if code != StatusCode.OK and not (code in seed.allowed and "RepositoryModel" in seed.method):
-                raise SystemExit(f"{seed.method} answers {code} to a right request")
-            self.known[seed.method, content] = answers
+                raise SystemExit(f"{seed.method} answers {code} to a valid request")
+            self.expected[seed.method, content] = answers
 
     async def run(self, remaining: Any) -> None:
-        """Take numbers from an iterator and send a request for each."""
+        """Send a request for each number of an iterator that several tasks share."""
         for number in remaining:
-            which = self.chance.randrange(len(self.seeds))
+            which = self.rng.randrange(len(self.seeds))
             seed, content = self.seeds[which], self.contents[which]
             damaged = content
             if number % 10:
-                damaged = twist(self.chance, seed.request) if number % 3 else content
-                damaged = damage(self.chance, damaged, self.chance.choice(self.contents)) if number % 3 != 1 else damaged
+                damaged = damage_fields(self.rng, seed.request) if number % 3 else content
+                damaged = damage_bytes(self.rng, damaged, self.rng.choice(self.contents)) if number % 3 != 1 else damaged
             if "RepositoryModel" in seed.method and any(name.encode() in damaged for name in self.cards):
-                continue  # it would be obeyed
-            code, answers = await self.ask(seed, damaged)
+                continue  # the server would do it
+            code, answers = await self.send(seed, damaged)
             self.codes[seed.method.rpartition("/")[2], code.name] += 1
-            self.right += damaged == content
-            if wrong := self.judge(seed, content, damaged, code, answers):
+            self.undamaged += damaged == content
+            if wrong := self.check(seed, content, damaged, code, answers):
                 self.failures.append(f"{seed.method} {code.name}: {wrong}: {damaged[:4096].hex()}")
-                if len(self.failures) >= MOST_FAILURES:
+                if len(self.failures) >= MAX_FAILURES:
                     return
 
-    async def ask(self, seed: Seed, content: bytes) -> tuple[StatusCode, list[Message]]:
-        """The code and the responses, three of a stream at most."""
-        channel: Any = self.chance.choice(self.channels)
+    async def send(self, seed: Seed, content: bytes) -> tuple[StatusCode, list[Message]]:
+        """Return the code and the responses, at most three of a stream."""
+        channel: Any = self.rng.choice(self.channels)
         coders = {"request_serializer": bytes, "response_deserializer": seed.response.FromString}
         answers: list[Message] = []
         try:
@@ -240,85 +238,87 @@ class Fuzzer:
             return error.code(), answers
         return StatusCode.OK, answers
 
-    def judge(self, seed: Seed, content: bytes, damaged: bytes, code: StatusCode, answers: list[Message]) -> str:
-        """What is wrong with an answer; empty when nothing is."""
+    def check(self, seed: Seed, content: bytes, damaged: bytes, code: StatusCode, answers: list[Message]) -> str:
+        """Return what is wrong with an answer, if anything."""
         try:
             request = type(seed.request).FromString(damaged)
         except DecodeError:
             in_band = seed.stream == "both" and code == StatusCode.OK and [a.error_message[:8] for a in answers] == ["request:"]  # type: ignore[attr-defined]
-            return "" if code == StatusCode.INVALID_ARGUMENT or in_band else "no message"
-        expected = self.expect(seed, request)
+            return "" if code == StatusCode.INVALID_ARGUMENT or in_band else "not a message"
+        expected = self.expected_codes(seed, request)
         if request == seed.request:
-            return self.compare(code, answers, self.known[seed.method, content], expected)
+            return self.compare(code, answers, self.expected[seed.method, content], expected)
         if seed.stream == "both":
             return "" if code == StatusCode.OK and len(answers) == 1 else "the stream ended"
         if code not in expected:
             return f"expected {' or '.join(sorted(c.name for c in expected))}"
-        return self.count(request, answers) if code == StatusCode.OK else ""
+        return self.check_row_count(request, answers) if code == StatusCode.OK else ""
 
-    def expect(self, seed: Seed, request: Any) -> set[StatusCode]:
-        """The codes that an answer to a request may have."""
+    def expected_codes(self, seed: Seed, request: Any) -> set[StatusCode]:
+        """Return the codes that an answer to a request may have."""
         if "RepositoryModel" in seed.method:
             return REFUSED if set(request.parameters) - {"unload_dependents"} else {StatusCode.NOT_FOUND}
         name = getattr(request, "model_name", getattr(request, "name", None))
         if isinstance(request, HealthCheckRequest):
             return {StatusCode.OK} if request.service in {"", *self.cards} else {StatusCode.NOT_FOUND}
         if name is not None and not (name == "" and isinstance(request, inference_pb2.ModelStatisticsRequest)):
-            asked = getattr(request, "model_version", getattr(request, "version", ""))
-            if name not in self.cards or asked not in ("", self.cards[name].version):
+            version = getattr(request, "model_version", getattr(request, "version", ""))
+            if name not in self.cards or version not in ("", self.cards[name].version):
                 return {StatusCode.NOT_FOUND}
         return EXACT[type(request)](request, self.cards) if type(request) in EXACT else {StatusCode.OK, *REFUSED, *seed.allowed}
 
-    def compare(self, code: StatusCode, answers: list[Message], known: list[Message], expected: set[StatusCode]) -> str:
-        """What differs from the known answers."""
-        if not known:
-            return "" if code in expected else "a right request"
-        if code != StatusCode.OK or len(answers) != len(known):
-            return "a right request"
-        same = all(isinstance(a, inference_pb2.ModelStatisticsResponse) or alike(a, b) for a, b in zip(answers, known, strict=True))
+    def compare(self, code: StatusCode, answers: list[Message], before: list[Message], codes: set[StatusCode]) -> str:
+        """Return how answers differ from those to the same request before."""
+        if not before:
+            return "" if code in codes else "a valid request"
+        if code != StatusCode.OK or len(answers) != len(before):
+            return "a valid request"
+        same = all(
+            isinstance(a, inference_pb2.ModelStatisticsResponse) or is_close(a, b) for a, b in zip(answers, before, strict=True)
+        )
         return "" if same else "another answer"
 
-    def count(self, request: Any, answers: list[Any]) -> str:
-        """What is wrong with the rows of a response to a request that was accepted."""
-        asked, got = 0, 0
+    def check_row_count(self, request: Any, answers: list[Any]) -> str:
+        """Return what is wrong with the number of rows in the response to a valid request, if anything."""
+        sent, received = 0, 0
         match answers:
             case [inference_pb2.ModelInferResponse() as response]:
-                asked, got = request.inputs[0].shape[0], response.outputs[0].shape[0]
+                sent, received = request.inputs[0].shape[0], response.outputs[0].shape[0]
                 if response.id != request.id:
                     return "another id"
             case [fizzbuzz_pb2.AnswerResponse() as response]:
-                asked, got = len(request.numbers), len(response.words)
+                sent, received = len(request.numbers), len(response.words)
             case [diabetes_pb2.AssessResponse() as response]:
-                asked, got = len(request.patients), len(response.assessments)
+                sent, received = len(request.patients), len(response.assessments)
             case [digits_pb2.ClassifyResponse() as response]:
-                asked, got = len(request.images), len(response.digits)
-        return "" if asked == got else f"{asked} rows asked for, {got} answered"
+                sent, received = len(request.images), len(response.digits)
+        return "" if sent == received else f"{sent} rows sent, {received} answered"
 
 
-def all_when(condition: bool) -> set[StatusCode]:  # noqa: FBT001  its only argument
-    """OK or INVALID_ARGUMENT, exactly."""
+def ok_if(condition: bool) -> set[StatusCode]:  # noqa: FBT001  its only argument
+    """Return the only possible code."""
     return {StatusCode.OK} if condition else REFUSED
 
 
-def patients_are_right(request: Any, cards: dict[str, Card]) -> set[StatusCode]:
-    """Whether each measurement is in its range or not a number."""
+def expected_of_patients(request: Any, cards: dict[str, Card]) -> set[StatusCode]:
+    """OK if each measurement is in its range or NaN."""
     features = {feature.name: feature for feature in cards["diabetes"].input.features}
     values = [(features[field.name], value) for patient in request.patients for field, value in patient.ListFields()]
-    right = all(value != value or f.minimum <= value <= f.maximum for f, value in values)  # noqa: PLR0124  NaN
-    return all_when(right and bool(request.patients))
+    valid = all(value != value or f.minimum <= value <= f.maximum for f, value in values)  # noqa: PLR0124  NaN
+    return ok_if(valid and bool(request.patients))
 
 
 EXACT: dict[type[Message], Callable[[Any, dict[str, Card]], set[StatusCode]]] = {
-    fizzbuzz_pb2.AnswerRequest: lambda request, _: all_when(1 <= len(request.numbers) <= 4096),  # noqa: PLR2004
-    fizzbuzz_pb2.CountRequest: lambda request, _: all_when(not request.HasField("step") or request.step != 0),
-    diabetes_pb2.AssessRequest: patients_are_right,
+    fizzbuzz_pb2.AnswerRequest: lambda request, _: ok_if(1 <= len(request.numbers) <= 4096),  # noqa: PLR2004
+    fizzbuzz_pb2.CountRequest: lambda request, _: ok_if(not request.HasField("step") or request.step != 0),
+    diabetes_pb2.AssessRequest: expected_of_patients,
 }
 
 
-def alike(one: Any, other: Any) -> bool:
-    """Whether two responses say the same but for the last digits, in which batches of different sizes differ."""
+def is_close(one: Any, other: Any) -> bool:
+    """Compare responses except for the last digits, in which batches of different sizes differ."""
     if isinstance(one, inference_pb2.ModelStreamInferResponse):
-        return one.error_message == other.error_message and alike(one.infer_response, other.infer_response)
+        return one.error_message == other.error_message and is_close(one.infer_response, other.infer_response)
     if isinstance(one, inference_pb2.ModelInferResponse):
         pairs: list[Any] = [
             (a.contents.fp32_contents, b.contents.fp32_contents) for a, b in zip(one.outputs, other.outputs, strict=True)
@@ -334,9 +334,8 @@ def alike(one: Any, other: Any) -> bool:
 
 
 async def fuzz(address: str, requests: int, seed: int, in_flight: int) -> Fuzzer:
-    """Send so many requests."""
-    cards = {name: read_card(MODELS / name) for name in find(MODELS)}
-    channels = [grpc.aio.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)]) for _ in range(4)]
+    cards = {name: read_card(MODELS / name) for name in find_models(MODELS)}
+    channels = [connect(address, retry=False) for _ in range(4)]
     fuzzer = Fuzzer(channels, cards, seed)
     await fuzzer.learn()
     remaining = iter(range(requests))
@@ -350,23 +349,22 @@ async def fuzz(address: str, requests: int, seed: int, in_flight: int) -> Fuzzer
 @click.option("--seed", default=0, show_default=True)
 @click.option("--in-flight", default=32, show_default=True)
 def main(requests: int, seed: int, in_flight: int) -> None:
-    """Fuzz `tercet serve` on the trained models; exit with 1 when an answer was wrong."""
-    command = [str(Path(sys.executable).with_name("tercet")), "serve", "--port", "0", "--models", str(MODELS)]
-    with tempfile.TemporaryFile("w+") as log, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as process:  # noqa: S603
+    """Fuzz `tercet serve` with the trained models; exit with 1 when an answer was wrong."""
+    with tempfile.TemporaryFile("w+") as log, subprocess.Popen(serve(), stdout=subprocess.PIPE, stderr=log, text=True) as process:  # noqa: S603
         address = process.stdout.readline().split()[-1] if process.stdout else ""
-        begun, before = time.perf_counter(), psutil.Process(process.pid).memory_info().rss
+        start, before = time.perf_counter(), psutil.Process(process.pid).memory_info().rss
         try:
             fuzzer = asyncio.run(fuzz(address, requests, seed, in_flight))
-            seconds, after = time.perf_counter() - begun, psutil.Process(process.pid).memory_info().rss
+            seconds, after = time.perf_counter() - start, psutil.Process(process.pid).memory_info().rss
         finally:
             process.terminate()
         if process.wait(60):
             fuzzer.failures.append(f"the server ended with {process.returncode}")
         log.seek(0)
-        fuzzer.failures += [line for line in log if "internal error" in line or "Traceback" in line][:MOST_FAILURES]
+        fuzzer.failures += [line for line in log if "internal error" in line or "Traceback" in line][:MAX_FAILURES]
     for (method, code), count in sorted(fuzzer.codes.items()):
         print(f"{method:24} {code:20} {count:8}")
-    print(f"{fuzzer.codes.total()} requests in {seconds:.0f} s, {fuzzer.right} of them undamaged")
+    print(f"{fuzzer.codes.total()} requests in {seconds:.0f} s, {fuzzer.undamaged} of them undamaged")
     print(f"memory: {before >> 20} MB before, {after >> 20} after")
     print(*fuzzer.failures, f"{len(fuzzer.failures)} failures", sep="\n")
     sys.exit(bool(fuzzer.failures))

@@ -1,21 +1,21 @@
-"""Any model, by its tensors: `python examples/any_model.py [HOST:PORT]`, beside a service that `tercet serve` has started."""
+"""Any model, by its tensors: `python examples/any_model.py [HOST:PORT]`, while `tercet serve` is running."""
 
 # %% [markdown]
 # # Any model
-# Every model of the service speaks the Open Inference Protocol: a tensor in, a tensor out. `infer` asks the service once what a
-# model's input is, and sends what numpy makes of the rows; a model of your own (docs/add-a-model.md) needs no other client.
+# Every model of the service speaks the Open Inference Protocol: a tensor in, a tensor out. `infer` requests the model's input
+# contract once and sends the rows as a numpy array; a model of your own (docs/add-a-model.md) needs no other client.
 
 # %%
 import sys
 
 import numpy as np
-from tercet.client import Client
+from tercet import Client
 
 client = Client(sys.argv[1] if sys.argv[1:] else "127.0.0.1:8001")
 
 # %% [markdown]
 # ## A batch
-# The first axis is the batch; the answers are probabilities, in the order of the labels in the model's card.json.
+# The first axis is the batch; the output has probabilities, in the order of the labels in the model's card.json.
 
 # %%
 labels = np.array(["number", "fizz", "buzz", "fizzbuzz"])
@@ -24,7 +24,7 @@ print(*labels[probabilities.argmax(axis=1)])
 
 # %% [markdown]
 # ## A large batch
-# What is more than the service takes at a time goes in parts and comes back as one array.
+# A batch with more rows than the service accepts per request is sent in chunks and comes back as one array.
 
 # %%
 noise = np.random.default_rng(0).integers(0, 256, (6000, 28, 28), np.uint8)
@@ -32,8 +32,8 @@ probabilities = client.infer("mnist", noise)  # (6000, 28, 28) -> (6000, 10)
 print(f"{len(probabilities)} pictures of noise, of which {(probabilities.max(axis=1) > 0.9).sum()} look like a digit")
 
 # %% [markdown]
-# ## Rows without an end
-# A generator is asked for rows as the answers are taken.
+# ## A stream of rows
+# Rows are read from a generator as the predictions are consumed.
 
 # %%
 random = np.random.default_rng(0)
@@ -42,8 +42,8 @@ positive = [probabilities[1] for probabilities in client.infer_each("diabetes", 
 print(f"{len(positive)} made-up patients: {np.mean(positive):.0%} of tests would be positive")
 
 # %% [markdown]
-# ## What does not fit
-# The client knows the model's tensor, and says what is wrong with a row before it sends it.
+# ## Invalid rows
+# The client knows the model's tensor and rejects an invalid row before it sends it.
 
 # %%
 for rows in ([[1, 2, 3]], [1.5]):

@@ -1,4 +1,4 @@
-"""Start the service on a free port, ask it for real test rows of every model, print its answers beside the truth, stop it."""
+"""Start the service on a free port, predict test rows of every model, print the predictions next to the truth, stop it."""
 
 import subprocess
 import sys
@@ -6,26 +6,26 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from tercet.card import Card, read_card
-from tercet.client import MEASUREMENTS, Client
-from tercet.server.repository import find
+from tercet import Client
+from tercet.card import Card, find_models, read_card
+from tercet.client import MEASUREMENTS
 
 MODELS = Path("models")
 
 
 def digits(client: Client, card: Card) -> list[str]:
-    """Ask tercet.v1.Digits."""
+    """Predict with tercet.v1.Digits."""
     return [str(answer.digit) for answer in client.classify(list(card.example_rows()))]
 
 
 def diabetes(client: Client, card: Card) -> list[str]:
-    """Ask tercet.v1.Diabetes."""
+    """Predict with tercet.v1.Diabetes."""
     rows = card.example_rows().tolist()
     return [answer.label for answer in client.assess([dict(zip(MEASUREMENTS, row, strict=True)) for row in rows])]
 
 
 def fizzbuzz(client: Client, card: Card) -> list[str]:
-    """Ask tercet.v1.FizzBuzz."""
+    """Predict with tercet.v1.FizzBuzz."""
     return ["number" if word.isdigit() else word for word in client.answer(card.example_rows().tolist())]
 
 
@@ -33,7 +33,7 @@ TYPED: dict[str, Callable[[Client, Card], list[str]]] = {"mnist": digits, "diabe
 
 
 def show(client: Client, name: str) -> None:
-    """Print one model's answers to the test rows in its card."""
+    """Print the predictions of one model for the test rows in its card."""
     card = read_card(MODELS / name)
     rows = card.example_rows()
     probabilities = client.infer(name, rows)
@@ -58,7 +58,7 @@ def main() -> int:
         print(line)
         try:
             with Client(line.rpartition(" ")[2]) as client:
-                for name in find(MODELS):
+                for name in find_models(MODELS):
                     show(client, name)
                 print("\nfizzbuzz 1 30:", " ".join(word for _, word in client.count(1, 30)))
         finally:

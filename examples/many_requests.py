@@ -1,9 +1,9 @@
-"""Many requests at once: `python examples/many_requests.py [HOST:PORT]`, beside a service that `tercet serve` has started."""
+"""Many requests at once: `python examples/many_requests.py [HOST:PORT]`, while `tercet serve` is running."""
 
 # %% [markdown]
 # # Many requests at once
-# A web server, or anything else that runs on asyncio, asks for one row here and one there. They need no gathering: the service does
-# that, and answers what waits as one batch.
+# A web server, or any other asyncio program, predicts a row here and a row there. It does not need to collect them: the service
+# batches the requests that are waiting.
 
 # %%
 import asyncio
@@ -12,13 +12,13 @@ from collections import Counter
 from collections.abc import AsyncIterator
 
 import grpc
-from tercet.client import AsyncClient
+from tercet import AsyncClient
 
 address = sys.argv[1] if sys.argv[1:] else "127.0.0.1:8001"
 
 # %% [markdown]
 # ## One client, many tasks
-# All share one connection. Each call has a deadline, and is made again by gRPC when a worker dies or the service is replaced.
+# They share one connection. Each call has a deadline, and gRPC retries it when a worker dies or the service is replaced.
 
 
 # %%
@@ -32,7 +32,7 @@ async def many() -> None:
 asyncio.run(many())  # in a notebook: await many()
 
 # %% [markdown]
-# ## Different models, side by side
+# ## Different models at once
 # When one call fails, the others are cancelled, as in any task group.
 
 
@@ -50,20 +50,20 @@ asyncio.run(side_by_side())
 
 # %% [markdown]
 # ## From one stream to another
-# What comes from a socket or a queue is asked for as it comes; while answers are not taken, no more is read. With `ahead=1` each
-# number is answered before the next one is awaited.
+# Rows from a socket or a queue are sent as they arrive, and no more are read while predictions are not consumed. With `ahead=1`
+# each number is answered before the next one is awaited.
 
 
 # %%
 async def numbers() -> AsyncIterator[int]:
-    """As they come from somewhere else."""
+    """Numbers from some other source."""
     for number in range(1, 16):
         await asyncio.sleep(0)
         yield number
 
 
 async def streaming() -> None:
-    """Answer numbers as they come."""
+    """Answer numbers as they arrive."""
     async with AsyncClient(address, timeout=5) as client:
         async for word in client.answer_each(numbers(), ahead=1):
             print(word, end=" ")
@@ -73,13 +73,13 @@ async def streaming() -> None:
 asyncio.run(streaming())
 
 # %% [markdown]
-# ## When it takes too long
-# A call ends when its deadline passes, also in the middle of a stream, and the service stops its work on it.
+# ## Deadlines
+# A call ends when its deadline passes, even in the middle of a stream, and the service stops working on it.
 
 
 # %%
 async def impatient() -> None:
-    """A count that nobody could finish in time."""
+    """A count that cannot finish in time."""
     async with AsyncClient(address, timeout=0.5) as client:
         last = 0
         try:

@@ -1,9 +1,9 @@
-"""Patients from a table: `python examples/patients.py [HOST:PORT]`, beside a service that `tercet serve` has started."""
+"""Patients from a table: `python examples/patients.py [HOST:PORT]`, while `tercet serve` is running."""
 
 # %% [markdown]
 # # Patients
-# The model estimates the probability of a positive diabetes test from up to eight measurements. It was learned from 768 women of
-# one community: no basis for a diagnosis.
+# The model estimates the probability of a positive diabetes test from up to eight measurements. It was trained on data from 768
+# Pima women: for teaching and benchmarking only, not for medical decisions.
 
 # %%
 import csv
@@ -11,14 +11,15 @@ import sys
 from pathlib import Path
 
 import grpc
-from tercet.client import MEASUREMENTS, Client
+from tercet import Client
+from tercet.client import MEASUREMENTS
 
 client = Client(sys.argv[1] if sys.argv[1:] else "127.0.0.1:8001")
 print(*MEASUREMENTS)
 
 # %% [markdown]
-# ## A table with gaps
-# Tables have gaps. What was not measured is left out, or None: the model knows what to make of that, and nothing is filled in here.
+# ## A table with missing values
+# Measurements that were not taken are None or left out. The model handles them; nothing is filled in here.
 
 # %%
 with Path(__file__).with_name("patients.csv").open() as file:
@@ -29,8 +30,8 @@ for row, assessment in zip(table, client.assess(patients), strict=True):
     print(f"{row['id']:5} {measured} of {len(MEASUREMENTS)} measured: {assessment.probability:.1%}, {assessment.label}")
 
 # %% [markdown]
-# ## What a measurement does
-# A table of any length is answered, here one patient at every level of glucose.
+# ## The effect of one measurement
+# A batch may have any length; here it is one patient at several levels of glucose.
 
 # %%
 levels = range(60, 200, 20)
@@ -38,8 +39,8 @@ for level, assessment in zip(levels, client.assess({**patients[1], "glucose_mg_p
     print(f"{level:3} mg/dl {'#' * round(40 * assessment.probability)}")
 
 # %% [markdown]
-# ## What cannot be
-# An unknown name is refused before any row is sent; a value that nobody can have is refused by the service, which says where.
+# ## Invalid values
+# The client rejects an unknown name before it sends any row; the service rejects a value out of range and names its place.
 
 # %%
 try:

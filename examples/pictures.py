@@ -1,9 +1,9 @@
-"""Pictures of digits: `python examples/pictures.py [HOST:PORT]`, beside a service that `tercet serve` has started."""
+"""Pictures of digits: `python examples/pictures.py [HOST:PORT]`, while `tercet serve` is running."""
 
 # %% [markdown]
 # # Pictures
-# The service reads one handwritten digit a picture. It does all the preparing itself: it finds the ink, dark or light, crops and
-# scales it, and centres it as MNIST's digits are. So a client sends what it has.
+# The service recognises one handwritten digit per picture. It does all the preprocessing: it finds the ink, dark or light, crops
+# and scales it, and centres it like the digits of MNIST. So a client sends pictures as they are.
 
 # %%
 import sys
@@ -12,7 +12,7 @@ from pathlib import Path
 import grpc
 import numpy as np
 from PIL import Image, ImageDraw
-from tercet.client import Client
+from tercet import Client
 
 SEVEN = Path(__file__).with_name("seven.png")
 client = Client(sys.argv[1] if sys.argv[1:] else "127.0.0.1:8001")
@@ -28,7 +28,7 @@ print(f"its bytes show a {content.digit}")
 
 # %% [markdown]
 # ## PIL
-# Whatever was opened, or drawn, with Pillow.
+# Any image that was opened or drawn with Pillow.
 
 # %%
 drawn = Image.new("RGB", (200, 300), "ivory")
@@ -37,8 +37,8 @@ print(f"drawn: {client.classify([drawn])[0].digit}")
 
 # %% [markdown]
 # ## numpy
-# Pixels as MNIST has them, (28, 28) uint8, 0 = paper, 255 = ink, are taken as they are. A whole array of them is a batch, and may
-# have more rows than the service takes at a time.
+# Pixels as in MNIST, (28, 28) uint8, 0 = paper, 255 = ink, are used as they are. An array of them is a batch, which may have more
+# rows than the service accepts per request.
 
 # %%
 strokes = np.zeros((10_000, 28, 28), np.uint8)
@@ -48,15 +48,15 @@ print(f"{len(digits)} strokes, read as {sorted({digit.digit for digit in digits}
 
 # %% [markdown]
 # ## More pictures than fit into memory
-# `classify_each` reads an iterator as the answers are taken: here 32 pictures ahead at most.
+# `classify_each` reads pictures from an iterator, here at most 32 past the last digit that was consumed.
 
 # %%
 turned = (Image.open(SEVEN).rotate(angle, fillcolor=255) for angle in range(-40, 41, 10))
 print("turned by -40° to 40°:", *(digit.digit for digit in client.classify_each(turned, ahead=32)))
 
 # %% [markdown]
-# ## What cannot be read
-# What is no picture is refused before it is sent; what only the service can tell comes back with the place.
+# ## Invalid pictures
+# The client rejects other objects before it sends them; the service rejects an unreadable or blank picture and names its place.
 
 # %%
 try:

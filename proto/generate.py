@@ -13,7 +13,7 @@ OUT = HERE.parent / "service"
 def generate(out: Path) -> None:
     """Write *_pb2.py, *_pb2.pyi and *_pb2_grpc.py to `out`/tercet/proto.
 
-    The package path is gRPC's custom one (`-Itercet/proto=proto`), and the messages go into the descriptor pool of tercet.proto.
+    `-Itercet/proto=proto` makes the generated code import from tercet.proto; its messages use that package's descriptor pool.
     """
     sources = sorted(f"tercet/proto/{path.name}" for path in HERE.glob("*.proto"))
     includes = [f"-Itercet/proto={HERE}", f"-I{files('grpc_tools') / '_proto'}"]

@@ -120,3 +120,14 @@ def channel(service: Service) -> Iterator[grpc.Channel]:
     """A channel to the service."""
     with grpc.insecure_channel(service.address) as opened:
         yield opened
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail the run in CI when a test was skipped for any other reason than a missing GPU."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter and os.environ.get("CI"):
+        skipped = [report for report in reporter.stats.get("skipped", []) if "GPU" not in str(report.longrepr)]
+        if skipped:
+            reporter.write_line(f"skipped in CI: {', '.join(report.nodeid for report in skipped)}", red=True)
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -1,8 +1,8 @@
-"""Become a server that does not say when it is ready, and let another process say it: launch.py PORT LOG COMMAND...
+"""Start a server and print a line when it is ready, for servers that do not print one: launch.py PORT LOG COMMAND...
 
-The process that is started becomes the server, so that its id, time and memory are the server's alone. The one that waits is
-no child of it, prints `ready at host:port` once ServerReady answers so, and ends. Nothing is printed when the server ends
-first or needs more than PATIENCE seconds; then it is killed. What the server itself prints goes to the file LOG.
+This process becomes the server, so that its id, time and memory are the server's alone. Another process, which is not a child of
+it, polls ServerReady and then prints `ready at host:port`. Nothing is printed when the server ends first or needs more than
+READY_TIMEOUT_SECONDS; then it is killed. The server's own output goes to the file LOG.
 """
 
 import os
@@ -10,11 +10,11 @@ import signal
 import sys
 import time
 
-PATIENCE = 120.0  # seconds
+READY_TIMEOUT_SECONDS = 120.0
 
 
 def announce(address: str, server: int) -> None:
-    """Print the address when the server there is ready."""
+    """Print the address once the server is ready."""
     import grpc  # noqa: PLC0415  not in the process that becomes the server
     import psutil  # noqa: PLC0415
     from tercet.proto import inference_pb2_grpc  # noqa: PLC0415
@@ -22,7 +22,7 @@ def announce(address: str, server: int) -> None:
 
     options = [(f"grpc.{which}_reconnect_backoff_ms", 20) for which in ("initial", "min", "max")]
     stub = inference_pb2_grpc.GRPCInferenceServiceStub(grpc.insecure_channel(address, options=options))
-    end, process = time.monotonic() + PATIENCE, psutil.Process(server)
+    end, process = time.monotonic() + READY_TIMEOUT_SECONDS, psutil.Process(server)
     while time.monotonic() < end and process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
         try:
             if stub.ServerReady(ServerReadyRequest(), timeout=1).ready:
@@ -35,7 +35,7 @@ def announce(address: str, server: int) -> None:
 
 
 def main() -> None:
-    """Fork twice, so that the waiting process belongs to init."""
+    """Fork twice, so that the polling process belongs to init."""
     port, log, *command = sys.argv[1:]
     server = os.getpid()
     if os.fork() == 0:

@@ -1,6 +1,6 @@
 # Runs in the environments of the peers, whose packages are not here.
 # mypy: ignore-errors
-"""onnxruntime as every peer runs it: on the CPU, one thread."""
+"""onnxruntime for every peer: on the CPU, with one thread."""
 
 import os
 from collections.abc import Callable
@@ -13,7 +13,7 @@ import onnxruntime as ort
 
 
 def load(path: str | Path) -> Callable[[np.ndarray], np.ndarray]:
-    """The model of an ONNX file with one input and one output: (batch, *input shape) -> (batch, *output shape)."""
+    """Load an ONNX file with one input and one output. The function maps (batch, *input shape) to (batch, *output shape)."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 3

@@ -1,4 +1,4 @@
-// Asks all three services: npm install && npm start HOST:PORT, beside a service that `tercet serve` has started.
+// Asks all three services: npm install && npm start HOST:PORT, while `tercet serve` is running.
 import { readFileSync } from "node:fs";
 import { join } from "node:path";
 

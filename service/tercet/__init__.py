@@ -1,6 +1,23 @@
-"""The gRPC service: request bytes -> servicer -> batcher -> engine -> rows back to their callers."""
+"""Clients and server of three small PyTorch models: `tercet.Client("127.0.0.1:8001")`, or `tercet.AsyncClient` with asyncio."""
 
 import os
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-# From 1.29 on onnxruntime reports to its makers unless it is told not to, and keeps an id in the user's home.
+if TYPE_CHECKING:
+    from tercet.client import Client
+    from tercet.client.aio import AsyncClient
+    from tercet.client.codecs import Assessment, Digit, Word
+
+__all__ = ["Assessment", "AsyncClient", "Client", "Digit", "Word"]
+
+# onnxruntime >= 1.29 sends telemetry and keeps an id in the home directory unless this is set before it is imported.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
+if not TYPE_CHECKING:  # imported on first use, so that `import tercet` takes no time
+
+    def __getattr__(name: str) -> Any:
+        if name not in __all__:
+            raise AttributeError(f"module 'tercet' has no attribute {name!r}")
+        modules = {"Client": "tercet.client", "AsyncClient": "tercet.client.aio"}
+        return getattr(import_module(modules.get(name, "tercet.client.codecs")), name)

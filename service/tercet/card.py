@@ -1,9 +1,9 @@
-"""A model's card: the contract, figures and origin of a trained model, as `export` wrote them beside model.onnx."""
+"""The model card: the contract, metrics and origin of a trained model, as `export` writes them to card.json next to model.onnx."""
 
 import hashlib
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 import numpy as np
@@ -11,44 +11,55 @@ from numpy.typing import NDArray
 
 from tercet.errors import InvalidInputError, StartupError
 
-DTYPES: dict[str, np.dtype[Any]] = {"UINT8": np.dtype("u1"), "INT64": np.dtype("<i8"), "FP32": np.dtype("<f4")}
-
-SIGNATURE = "card.json.sig"  # beside card.json; see service/tercet/server/signature.py
-
 Rows = NDArray[Any]
-Datatype = Literal["UINT8", "INT64", "FP32"]
 
 
-class Feature(msgspec.Struct, frozen=True):
-    """One measurement: name, unit and the closed range in which a value is accepted."""
+class Datatype(NamedTuple):
+    """One datatype of tensors, in the words of each library."""
+
+    dtype: np.dtype[Any]  # numpy, little-endian
+    onnx_type: str  # onnxruntime
+    contents_field: str  # of InferTensorContents, for typed contents
+
+
+DATATYPES = {  # by their names in the Open Inference Protocol
+    "UINT8": Datatype(np.dtype("u1"), "tensor(uint8)", "uint_contents"),
+    "INT64": Datatype(np.dtype("<i8"), "tensor(int64)", "int64_contents"),
+    "FP32": Datatype(np.dtype("<f4"), "tensor(float)", "fp32_contents"),
+}
+
+SIGNATURE = "card.json.sig"  # file next to card.json; see tercet.server.security
+
+
+class Feature(msgspec.Struct, frozen=True, kw_only=True):
+    """One measurement: its name, its unit and the closed range of accepted values."""
 
     name: str
     unit: str
-    minimum: int | float  # no float is 2**63 - 1
+    minimum: int | float  # 2**63 - 1 has no exact float
     maximum: int | float
 
     def __post_init__(self) -> None:
         if self.minimum > self.maximum:
-            raise ValueError(f"{self.name}: nothing lies between {self.minimum:g} and {self.maximum:g}")
+            raise ValueError(f"{self.name}: minimum {self.minimum:g} is greater than maximum {self.maximum:g}")
 
 
-class Tensor(msgspec.Struct, frozen=True, dict=True):
-    """A tensor; `shape` is that of one row, before it comes the batch axis."""
+class Tensor(msgspec.Struct, frozen=True, kw_only=True, dict=True):
+    """A tensor. `shape` is the shape of one row; the tensor has a batch axis before it."""
 
     name: str
-    datatype: Datatype
+    datatype: Literal["UINT8", "INT64", "FP32"]
     shape: tuple[int, ...]
 
     @cached_property
     def dtype(self) -> np.dtype[Any]:
-        """The numpy dtype, little-endian."""
-        return DTYPES[self.datatype]
+        return DATATYPES[self.datatype].dtype
 
 
 class Input(Tensor, frozen=True, kw_only=True):
     """The input tensor.
 
-    `features` has one entry per column of the last axis, or one that applies to every element. With `missing`, NaN is accepted and
+    `features` has one entry per column of the last axis, or a single one for every element. With `missing`, NaN is accepted and
     means "not measured".
     """
 
@@ -57,44 +68,43 @@ class Input(Tensor, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         if len(self.features) not in (1, *self.shape[-1:]):
-            raise ValueError(f"{self.name}: {len(self.features)} features for a row of {list(self.shape)}")
+            raise ValueError(f"{self.name}: {len(self.features)} features for a row of shape {list(self.shape)}")
 
     @cached_property
     def _bounds(self) -> tuple[Rows, Rows] | None:
-        """The accepted range, broadcast against a row; None when the datatype holds nothing else."""
+        """Minimum and maximum, to be broadcast against a row; None when every value of the datatype is accepted."""
         low, high = (np.array([getattr(feature, end) for feature in self.features]) for end in ("minimum", "maximum"))
         if self.dtype.kind in "iu" and low.min() <= np.iinfo(self.dtype).min and high.max() >= np.iinfo(self.dtype).max:
             return None
         return low.astype(self.dtype), high.astype(self.dtype)
 
-    def check(self, rows: Rows, where: str) -> None:
-        """Raise InvalidInputError unless every value of `rows`, (batch, *shape), lies in its range.
+    def check(self, rows: Rows, field: str) -> None:
+        """Raise InvalidInputError unless every value of `rows`, (batch, *shape), is in its feature's range.
 
-        `where` names the field in the request; `{row}` and `{feature}` in it are filled in.
+        `field` is the rows' field in the request; `{row}` and `{feature}` in it are filled in.
         """
         if self._bounds is None:
             return
         low, high = self._bounds
-        good = (rows >= low) & (rows <= high)
-        if np.count_nonzero(good) == rows.size:  # quicker than good.all()
+        accepted = (rows >= low) & (rows <= high)
+        if np.count_nonzero(accepted) == rows.size:  # faster than accepted.all()
             return
         if self.missing:
-            good |= np.isnan(rows)
-        if not good.all():
-            row, *rest = (int(i) for i in np.argwhere(~good)[0])
+            accepted |= np.isnan(rows)
+        if not accepted.all():
+            row, *rest = (int(i) for i in np.argwhere(~accepted)[0])
             feature = self.features[rest[-1] if len(self.features) > 1 else 0]
-            accepted = f"{feature.minimum:g} to {feature.maximum:g} {feature.unit}".strip()
+            expected = f"{feature.minimum:g} to {feature.maximum:g} {feature.unit}".strip()
             raise InvalidInputError(
-                where.format(row=row, feature=feature.name),
-                f"{rows[(row, *rest)]:g} is outside what {feature.name} can be: {accepted}"
-                + ", or NaN for not measured" * self.missing,
+                field.format(row=row, feature=feature.name),
+                f"{feature.name} must be {expected}{', or NaN (not measured)' * self.missing}; got {rows[(row, *rest)]:g}",
             )
 
 
 class Contract(msgspec.Struct, frozen=True, kw_only=True):
-    """The input and output of a model, and the names of the output's columns: classes, or values.
+    """What a model takes and returns. `labels` names the columns of the output: classes, or values.
 
-    `intended_use` and `warning` are sentences for users of the predictions.
+    `intended_use` and `warning` are sentences for the users of the predictions; empty where the description says everything.
     """
 
     description: str
@@ -106,7 +116,7 @@ class Contract(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Example(msgspec.Struct, frozen=True):
-    """A test row, its true label (or values) and the output that the trained model gave."""
+    """A test row, its true label (or values) and the output of the trained model."""
 
     input: Any
     target: Any
@@ -114,7 +124,7 @@ class Example(msgspec.Struct, frozen=True):
 
 
 class Card(Contract, frozen=True, kw_only=True):
-    """The contract, figures and origin of a trained model: all that the service needs besides model.onnx."""
+    """A trained model. The service needs only this and model.onnx."""
 
     name: str
     version: str
@@ -123,7 +133,7 @@ class Card(Contract, frozen=True, kw_only=True):
     params: dict[str, Any]
     params_sha256: str
     git_commit: str
-    files: dict[str, str]
+    files: dict[str, str]  # name -> SHA-256
     examples: tuple[Example, ...]
     cross_validation: dict[str, Any] = msgspec.field(default_factory=dict)
 
@@ -132,34 +142,52 @@ class Card(Contract, frozen=True, kw_only=True):
         return np.array([example.input for example in self.examples], dtype=self.input.dtype)
 
 
-def read_card(folder: Path, key: Path | None = None) -> Card:
-    """Read card.json of a trained model. With the file of a public key, its signature is checked before it is parsed.
-
-    Raises StartupError when it is not there, not signed or not a card.
-    """
-    path = folder / "card.json"
+def find_models(folder: Path) -> list[str]:
+    """Names of the models in a folder, trained or not. Raises StartupError when it cannot be read."""
+    if not folder.is_dir():
+        raise StartupError(f"{folder} is not a folder: run from the repository, or pass the folder of trained models with --models")
     try:
-        content = path.read_bytes()
-        if key:
-            from tercet.server import signature  # noqa: PLC0415  a service that wants no signatures does without cryptography
+        return sorted(path.name for path in folder.iterdir() if (path / "contract.py").is_file() or is_trained(path))
+    except OSError as error:
+        raise StartupError(f"{folder} cannot be read: {error}") from error
 
-            signature.check(content, folder, key)
+
+def is_trained(folder: Path) -> bool:
+    """Whether the pipeline has written a card into a model's folder."""
+    return (folder / "card.json").is_file()
+
+
+def read_card(folder: Path) -> Card:
+    """Read card.json of a trained model. Raises StartupError when it is missing or not a model card."""
+    return decode_card(read_card_file(folder), folder)
+
+
+def read_card_file(folder: Path) -> bytes:
+    """The bytes of card.json, to be verified before they are decoded. Raises StartupError when the file is missing."""
+    return _read_file(folder / "card.json")
+
+
+def decode_card(content: bytes, folder: Path) -> Card:
+    """Decode the bytes of card.json. Raises StartupError when they are not a model card."""
+    try:
         return msgspec.json.decode(content, type=Card)
-    except ImportError as error:
-        raise StartupError(f"signatures need cryptography: pip install 'tercet[serve]' ({error})") from error
-    except FileNotFoundError:
-        raise StartupError(f"{path} is missing: run `dvc repro` to train the model") from None
     except msgspec.MsgspecError as error:
-        raise StartupError(f"{path} is no model card: {error}; run `dvc repro` to write it anew") from error
+        raise StartupError(f"{folder / 'card.json'} is not a model card: {error}; run `dvc repro` to write it again") from error
 
 
-def verify(folder: Path, card: Card, name: str) -> bytes:
-    """Read a file of a trained model. Raises StartupError when it is missing or not the one that the card describes."""
-    path = folder / name
-    if not path.is_file():
-        raise StartupError(f"{path} is missing: run `dvc repro` to train the model")
-    content = path.read_bytes()
-    found, expected = hashlib.sha256(content).hexdigest(), card.files.get(name)
-    if found != expected:
-        raise StartupError(f"{path} is not the file that its card.json describes: expected SHA-256 {expected}, found {found}")
+def verify_file(folder: Path, card: Card, name: str) -> bytes:
+    """Read a file of a trained model. Raises StartupError when it is missing or differs from the SHA-256 in the card."""
+    content = _read_file(folder / name)
+    actual, expected = hashlib.sha256(content).hexdigest(), card.files.get(name)
+    if actual != expected:
+        raise StartupError(
+            f"{folder / name} is not the file that its card.json describes: expected SHA-256 {expected}, got {actual}"
+        )
     return content
+
+
+def _read_file(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, IsADirectoryError):
+        raise StartupError(f"{path} is missing: run `dvc repro` to train the model") from None

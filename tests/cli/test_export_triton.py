@@ -1,4 +1,4 @@
-"""`tercet export-triton`: what Triton is given, and what the real tritonserver makes of it."""
+"""`tercet export-triton`: the model repository, and predictions of the real tritonserver from it."""
 
 import os
 import shutil
@@ -24,8 +24,10 @@ from tritonclient.grpc import model_config_pb2
 import models
 from tests.conftest import BIN, REPOSITORY, run
 
-ENVIRONMENT = REPOSITORY / "benchmarks/.environments/triton"  # benchmarks/peers.py makes it
+ENVIRONMENT = REPOSITORY / "benchmarks/.environments/triton"  # `python -m benchmarks.peers --install` makes it
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
+
+pytestmark = pytest.mark.slow
 
 
 def export(workspace: Path, target: Path, backend: str) -> Path:
@@ -51,16 +53,16 @@ def test_a_model_is_described(workspace: Path, tmp_path: Path, backend: str, nam
     assert (folder / "1/model.py").is_file() == (backend == "python")
 
 
-def test_what_is_there_is_not_overwritten(workspace: Path, tmp_path: Path) -> None:
-    """A folder with something in it is refused in one sentence."""
+def test_nothing_is_overwritten(workspace: Path, tmp_path: Path) -> None:
+    """A folder that is not empty is rejected."""
     (tmp_path / "precious").touch()
     done = run(str(BIN / "tercet"), "export-triton", str(tmp_path), cwd=workspace, check=False)
     assert (done.returncode, done.stdout) == (1, f"tercet: {tmp_path} is not empty: name a new folder\n")
 
 
 @pytest.mark.parametrize("damage", ["version", "hash", "none"])
-def test_what_triton_cannot_serve_is_refused(workspace: Path, tmp_path: Path, damage: str) -> None:
-    """A version that is no number, a file that is not the card's, or a folder without models: one sentence."""
+def test_what_triton_cannot_serve_is_rejected(workspace: Path, tmp_path: Path, damage: str) -> None:
+    """A version that is not a number, a file that is not the card's, and a folder without models are one-line errors."""
     (tmp_path / "models").mkdir()
     if damage != "none":
         folder = Path(shutil.copytree(workspace / "models/fizzbuzz", tmp_path / "models/fizzbuzz"))
@@ -70,9 +72,13 @@ def test_what_triton_cannot_serve_is_refused(workspace: Path, tmp_path: Path, da
             card = msgspec.json.decode((folder / "card.json").read_bytes())
             (folder / "card.json").write_bytes(msgspec.json.encode({**card, "version": "1.0"}))
     done = run(str(BIN / "tercet"), "export-triton", "triton", cwd=tmp_path, check=False)
-    said = {"version": "version '1.0' is none for Triton", "hash": "is not the file that its card.json", "none": "no trained model"}
+    messages = {
+        "version": "expected a version of 1, 2, 3 ... for Triton, got '1.0'",
+        "hash": "is not the file that its card.json",
+        "none": "no trained model",
+    }
     assert (done.returncode, len(done.stdout.splitlines())) == (1, 1)
-    assert said[damage] in done.stdout
+    assert messages[damage] in done.stdout
     assert not (tmp_path / "triton").exists()
 
 
@@ -120,7 +126,9 @@ def wait(client: Any, server: subprocess.Popen[bytes], log: Path) -> None:
     raise TimeoutError(log.read_text())
 
 
-@pytest.mark.skipif(not (ENVIRONMENT / "installed").is_file(), reason="no tritonserver: `python benchmarks/peers.py` installs it")
+@pytest.mark.skipif(
+    not (ENVIRONMENT / "installed").is_file(), reason="tritonserver is not installed: run `python -m benchmarks.peers --install`"
+)
 def test_triton_answers_as_the_cards_do(workspace: Path, tmp_path: Path) -> None:
     """The real server loads what was written and gives the cards' answers and labels, one row or many at a time."""
     with tritonserver(export(workspace, tmp_path / "triton", "python"), tmp_path) as client:

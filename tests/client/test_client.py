@@ -1,13 +1,12 @@
-"""Both clients: what they take, split, stream, try again, and how they fail; against a real service, or one that misbehaves."""
+"""Both clients: batches, streams, retries and errors, with a real service or one that misbehaves."""
 
 import asyncio
 import inspect
 import io
 import itertools
-import pickle
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -22,18 +21,18 @@ from grpc_health.v1.health_pb2 import HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
 from grpc_status import rpc_status
 from PIL import Image
+from tercet import AsyncClient, Client
 from tercet.card import Card, read_card
-from tercet.client import AsyncClient, Client, Word
-from tercet.client import codecs as messages
-from tercet.client.codecs import CALLS, Digits, Face, Numbers, Patients, Tensors
+from tercet.client.codecs import CALLS_IN_FLIGHT
 from tercet.proto.fizzbuzz_pb2 import AnswerRequest, AnswerResponse
 from tercet.proto.fizzbuzz_pb2_grpc import FizzBuzzServicer, add_FizzBuzzServicer_to_server
-from tercet.proto.inference_pb2 import DataType, ModelConfig, ModelConfigRequest, ModelConfigResponse, ModelInput
+from tercet.proto.inference_pb2 import ModelConfig, ModelConfigRequest, ModelConfigResponse
 from tercet.proto.inference_pb2_grpc import GRPCInferenceServiceServicer, add_GRPCInferenceServiceServicer_to_server
 
 from tests.conftest import REPOSITORY, Service, run, serving
-from tests.server.test_safety import issue
+from tests.server.test_security import issue
 
+pytestmark = pytest.mark.slow
 LIMIT = 10  # rows of a request
 SERVING, NOT_SERVING = HealthCheckResponse.SERVING, HealthCheckResponse.NOT_SERVING
 SEVEN = REPOSITORY / "examples" / "seven.png"
@@ -117,59 +116,6 @@ def test_large_pictures(limited: Service, kind: Kind) -> None:
         ask(kind, limited.address, "classify", [noise(2100)])
 
 
-@pytest.mark.parametrize(("most", "rows"), [(1, [1] * 9), (2, [2, 2, 1, 2, 2]), (100, [3, 1, 1, 2, 2])])
-def test_parts_are_as_large_as_may_be(monkeypatch: pytest.MonkeyPatch, most: int, rows: list[int]) -> None:
-    """A part ends when the next row would be one too many, or too many bytes; a row that is too large is alone."""
-    monkeypatch.setattr(messages, "PART_BYTES", 100)
-    files = [bytes(size) for size in (30, 30, 30, 30, 500, 20, 20, 90, 5)]
-    parts = Digits().split(files, most)
-    requests: list[Any] = [part.request for part in parts]
-    assert [image.encoded for request in requests for image in request.images] == files
-    assert [part.rows for part in parts] == rows
-    assert [part.start for part in parts] == [sum(rows[:i]) for i in range(len(rows))]
-
-
-WRONG: list[tuple[Face[Any, Any], Any, type[Exception], str]] = [
-    (Digits(), [np.zeros((28, 28), np.uint8), np.zeros((28, 28))], ValueError, r"images\[1\]: an array is \(28, 28\) uint8"),
-    (Digits(), [np.zeros((280, 280), np.uint8)], ValueError, r"images\[0\]: .* not \(280, 280\) uint8; give any other picture"),
-    (Digits(), [Image.new("CMYK", (28, 28))], ValueError, r"images\[0\]: .*; convert the image to RGB"),
-    (Digits(), [SEVEN, 7], TypeError, r"images\[1\]: 7 is no picture; give a path"),
-    (Digits(), ["nowhere.png"], OSError, "nowhere.png"),
-    (Patients(), [{}, {"age": 50}], ValueError, r"patients\[1\]: 'age' is no measurement; there are pregnancies"),
-    (Patients(), [{"age_years": "50"}], TypeError, r"patients\[0\].age_years: '50' is no number"),
-    (Patients(), {"age_years": 50}, TypeError, r"patients\[0\]: 'age_years' is no patient"),
-    (Numbers(), [1, 2.5], TypeError, r"numbers\[1\]: 2.5 is no whole number"),
-    (Numbers(), "15", TypeError, r"numbers\[0\]: '1' is no whole number"),
-    (Numbers(), [2**63], ValueError, r"numbers\[0\]: 9223372036854775808 has more than 64 bits"),
-]
-
-
-@pytest.mark.parametrize(("face", "rows", "error", "text"), WRONG)
-def test_values_that_cannot_be_sent(face: Face[Any, Any], rows: Any, error: type[Exception], text: str) -> None:
-    """Values of the wrong kind are refused by the client, which says what, which one, and what would be right."""
-    with pytest.raises(error, match=text):
-        face.split(rows, LIMIT)
-
-
-@pytest.mark.parametrize(
-    ("rows", "text"),
-    [
-        ([[1, 2]], r"inputs\[0\]: the shape is \[1, 2\]; \[-1, 2, 2\] is right"),
-        ([[[1, 2], [3, 4]], [[5, 256], [7, 8]]], r"inputs\[0\]\[1\]\[0\]\[1\]: 256 is no UINT8"),
-        ([[[1, 2], [3, 0.5]]], r"inputs\[0\]\[0\]\[1\]\[1\]: 0.5 is no UINT8"),
-        ([[[1, 2], [3, np.nan]]], r"inputs\[0\]\[0\]\[1\]\[1\]: nan is no UINT8"),
-        ([[["1", "2"], ["3", "4"]]], r"inputs\[0\]: .* are no numbers; UINT8 is right"),
-    ],
-)
-def test_numbers_that_cannot_be_sent(rows: Any, text: str) -> None:
-    """Numbers that the model's datatype does not have, and other shapes than the model's, are refused, in a batch or alone."""
-    face = Tensors(ModelConfig(name="tiny", input=[ModelInput(name="x", data_type=DataType.TYPE_UINT8, dims=[2, 2])]))
-    with pytest.raises(ValueError, match=text):
-        face.split(rows, LIMIT)
-    with pytest.raises(ValueError, match=r"^inputs\[0\]\["):
-        list(messages.split(face, rows, LIMIT))
-
-
 @both
 @pytest.mark.parametrize(
     ("method", "arguments", "field"),
@@ -231,7 +177,7 @@ def test_every_kind_of_picture(limited: Service, tmp_path: Path, kind: Kind) -> 
 
 
 def test_pil_is_not_needed(limited: Service, tmp_path: Path) -> None:
-    """Where PIL is not installed the client sends paths and arrays."""
+    """Without PIL the client sends paths and arrays."""
     (tmp_path / "PIL.py").write_text("raise ImportError('not installed')\n")
     program = f"""
 import numpy as np
@@ -239,13 +185,7 @@ from tercet.client import Client
 with Client("{limited.address}") as client:
     print(client.classify(["{SEVEN}", np.eye(28, dtype=np.uint8) * 255])[0].digit)
 """
-    assert run(sys.executable, "-c", program, cwd=tmp_path, PYTHONPATH=f"{tmp_path}:{REPOSITORY}").stdout == "7\n"
-
-
-def test_words_are_text() -> None:
-    """A word is equal to its text, and keeps its model when it goes to another process."""
-    word = pickle.loads(pickle.dumps(Word("fizz", "fizzbuzz")))  # noqa: S301  our own
-    assert (word, word.model, f"{word}!") == ("fizz", "fizzbuzz", "fizz!")
+    assert run(sys.executable, "-c", program, cwd=tmp_path, PYTHONPATH=f"{tmp_path}:{REPOSITORY / 'service'}").stdout == "7\n"
 
 
 @both
@@ -257,13 +197,19 @@ def test_counts_say_who_speaks(limited: Service, kind: Kind) -> None:
 
 
 @both
+def test_models_are_listed(limited: Service, kind: Kind) -> None:
+    """`models` names what the service knows."""
+    assert ask(kind, limited.address, "models") == ["diabetes", "fizzbuzz", "fizzbuzz_any", "mnist"]
+
+
+@both
 def test_health(limited: Service, kind: Kind) -> None:
     """Health is that of the whole service or of a model."""
     assert ask(kind, limited.address, "health") == ask(kind, limited.address, "health", "mnist") == "SERVING"
 
 
 class Numbered:
-    """Numbers without an end; `read` have been asked for."""
+    """The numbers from 1 on; `read` of them have been requested."""
 
     def __init__(self) -> None:
         self.read = 0
@@ -273,37 +219,22 @@ class Numbered:
             self.read += 1
             yield self.read
 
-    async def awaited(self) -> AsyncIterator[int]:
-        """The same, for whom waits."""
-        for number in self:
-            await asyncio.sleep(0)
-            yield number
-
 
 @pytest.mark.parametrize("ahead", [1, 2, 7, 20, 1000])
-@pytest.mark.parametrize("source", [None, iter, Numbered.awaited])
-def test_a_slow_consumer_holds_the_producer_back(limited: Service, ahead: int, source: Callable[[Numbered], Any] | None) -> None:
-    """At no time have more than `ahead` rows been read beyond the answers that were taken, of however many there are."""
-    numbers, gaps, taken = Numbered(), list[int](), 5 * LIMIT
+def test_a_slow_consumer_holds_the_producer_back(limited: Service, ahead: int) -> None:
+    """A stream never reads more than `ahead` rows past the last prediction that was consumed."""
+    numbers, ahead_of_consumer, words = Numbered(), list[int](), list[str]()
+    with Client(limited.address) as client:
+        for word in itertools.islice(client.answer_each(numbers, ahead=ahead), 5 * LIMIT):
+            ahead_of_consumer.append(numbers.read - len(words))
+            words.append(word)
+    assert words == ["fizz" * (i % 3 == 0) + "buzz" * (i % 5 == 0) or str(i) for i in range(1, 5 * LIMIT + 1)]
+    assert max(ahead_of_consumer) == rows_ahead(ahead)
 
-    def take(word: Word) -> bool:
-        gaps.append(numbers.read - len(gaps))
-        assert word == ("fizz" * (len(gaps) % 3 == 0) + "buzz" * (len(gaps) % 5 == 0) or str(len(gaps)))
-        return len(gaps) == taken
 
-    async def main(rows: Any) -> None:
-        async with AsyncClient(limited.address) as client:
-            async for word in client.answer_each(rows, ahead=ahead):
-                if take(word):
-                    break
-
-    if source:
-        asyncio.run(main(source(numbers)))
-    else:
-        with Client(limited.address) as client:
-            next(word for word in client.answer_each(numbers, ahead=ahead) if take(word))
-    assert max(gaps) <= ahead
-    assert max(gaps) == min(ahead // CALLS * CALLS or 1, CALLS * LIMIT)  # and no fewer than give the service something to do
+def rows_ahead(ahead: int) -> int:
+    """How many rows a stream reads ahead: full chunks of at most LIMIT rows, as many as calls may be in flight."""
+    return min(ahead // CALLS_IN_FLIGHT * CALLS_IN_FLIGHT or 1, CALLS_IN_FLIGHT * LIMIT)
 
 
 class Unsteady(FizzBuzzServicer, GRPCInferenceServiceServicer):
@@ -361,7 +292,7 @@ def test_unavailable_is_tried_again(kind: Kind, method: str) -> None:
 
 @both
 def test_balanced(kind: Kind) -> None:
-    """Calls are spread over all services that the address names, but for one whose health is not SERVING."""
+    """Calls are spread over all services that the address names and whose health is SERVING."""
     services = [Unsteady(lambda *_: None) for _ in range(2)]
     with running(services[0]) as one, running(services[1]) as other:
 
@@ -391,8 +322,8 @@ def test_deadline(kind: Kind) -> None:
 
 @both
 def test_parts_go_together_but_not_all_at_once(kind: Kind) -> None:
-    """CALLS parts of a batch are in flight at a time, no more and no fewer."""
-    barrier, lock, present = threading.Barrier(CALLS, timeout=60), threading.Lock(), []
+    """CALLS_IN_FLIGHT chunks of a batch are in flight at a time, no more and no fewer."""
+    barrier, lock, present = threading.Barrier(CALLS_IN_FLIGHT, timeout=60), threading.Lock(), []
     most = 0
 
     def answer(request: AnswerRequest, _: Any) -> None:
@@ -405,8 +336,8 @@ def test_parts_go_together_but_not_all_at_once(kind: Kind) -> None:
             present.remove(request)
 
     with running(Unsteady(answer)) as address:
-        assert len(ask(kind, address, "answer", range(6 * CALLS * LIMIT))) == 6 * CALLS * LIMIT
-    assert most == CALLS
+        assert len(ask(kind, address, "answer", range(6 * CALLS_IN_FLIGHT * LIMIT))) == 6 * CALLS_IN_FLIGHT * LIMIT
+    assert most == CALLS_IN_FLIGHT
 
 
 @both
@@ -458,7 +389,7 @@ def test_the_limit_is_asked_for_once(kind: Kind) -> None:
 
 @both
 def test_a_limit_that_has_changed_is_asked_for_again(kind: Kind) -> None:
-    """Where the service has started anew with a lower limit, one call fails, and the next one is split as it wants."""
+    """When the service restarts with a lower limit, one call fails, and the next one is split accordingly."""
 
     async def main() -> None:
         async with AsyncClient(address) as client:

@@ -14,7 +14,7 @@ DTYPES = {"UINT8": np.uint8, "INT64": np.int64, "FP32": np.float32}
 
 
 async def main(address: str, cards: list[dict[str, Any]]) -> None:
-    """Ask for everything that the client can, for every model; raise when an answer is not right."""
+    """Call everything that the client offers, for every model; exit with 1 at the first wrong response."""
     async with InferenceGRPCClient(address) as client:
         check(await client.is_server_live() and await client.is_server_ready(), "the server is live and ready")
         for card in cards:
@@ -24,25 +24,25 @@ async def main(address: str, cards: list[dict[str, Any]]) -> None:
         for call in (client.is_model_ready("nope"), client.infer(InferRequest("nope", []))):
             try:
                 await call
-                check(condition=False, what="a model that there is not is refused")
+                check(condition=False, what="an unknown model is NOT_FOUND")
             except grpc.aio.AioRpcError as error:
-                check(error.code() == grpc.StatusCode.NOT_FOUND, f"a model that there is not is refused: {error.details()}")
+                check(error.code() == grpc.StatusCode.NOT_FOUND, f"an unknown model is NOT_FOUND: {error.details()}")
 
 
 async def infer(client: InferenceGRPCClient, card: dict[str, Any], *, raw: bool) -> None:
-    """Ask for the answers of a card."""
+    """Infer the examples in a card."""
     rows = np.array([example["input"] for example in card["examples"]], DTYPES[card["input"]["datatype"]])
     tensor = InferInput(card["input"]["name"], list(rows.shape), card["input"]["datatype"])
     tensor.set_data_from_numpy(rows, binary_data=raw)
     response = await client.infer(InferRequest(card["name"], [tensor], request_id="7"))
     [output] = response.outputs
-    answers = output.as_numpy().reshape(output.shape)
-    right = np.allclose(answers, [example["output"] for example in card["examples"]], rtol=0, atol=1e-5)
-    check(right and response.id == "7", f"{card['name']} answers {'raw' if raw else 'typed'} contents")
+    values = output.as_numpy().reshape(output.shape)
+    right = np.allclose(values, [example["output"] for example in card["examples"]], rtol=0, atol=1e-5)
+    check(right and response.id == "7", f"{card['name']} infers {'raw' if raw else 'typed'} contents")
 
 
 def check(condition: bool, what: str) -> None:  # noqa: FBT001  the condition is the point
-    """Print what was found right, or end."""
+    """Print a check that passed, or exit with 1."""
     print(f"{'ok' if condition else 'WRONG'}: {what}", flush=True)
     if not condition:
         sys.exit(1)

@@ -18,7 +18,7 @@ DTYPES = {"UINT8": np.uint8, "INT64": np.int64, "FP32": np.float32}
 
 
 def main(address: str, folder: Path) -> None:
-    """Ask what MLServer's tests ask of its own servicers (tests/grpc/test_servicers.py); end when an answer is not right."""
+    """Make the calls of MLServer's own tests (tests/grpc/test_servicers.py); exit with 1 at the first wrong response."""
     with grpc.insecure_channel(address) as channel:
         stub = GRPCInferenceServiceStub(channel)
         check(stub.ServerLive(pb.ServerLiveRequest()).live, "server live")
@@ -36,12 +36,12 @@ def main(address: str, folder: Path) -> None:
             (stub.RepositoryModelLoad, pb.RepositoryModelLoadRequest(model_name="nope")),
             (stub.RepositoryModelUnload, pb.RepositoryModelUnloadRequest(model_name="nope")),
         ):
-            refused(call, request, grpc.StatusCode.NOT_FOUND)
-        refused(stub.ModelInfer, pb.ModelInferRequest(model_name=names[0]), grpc.StatusCode.INVALID_ARGUMENT)
+            check_fails(call, request, grpc.StatusCode.NOT_FOUND)
+        check_fails(stub.ModelInfer, pb.ModelInferRequest(model_name=names[0]), grpc.StatusCode.INVALID_ARGUMENT)
 
 
 def model(stub: GRPCInferenceServiceStub, card: dict[str, Any]) -> None:
-    """Ask about one model, and for the answers of its card."""
+    """Check one model: ready, metadata, and the examples in its card."""
     name, tensor = card["name"], card["input"]
     check(stub.ModelReady(pb.ModelReadyRequest(name=name)).ready, f"{name} ready")
     check(stub.ModelMetadata(pb.ModelMetadataRequest(name=name)).inputs[0].name == tensor["name"], f"{name} metadata")
@@ -52,22 +52,22 @@ def model(stub: GRPCInferenceServiceStub, card: dict[str, Any]) -> None:
         given = converters.ModelInferRequestConverter.from_types(request, model_name=name, model_version="", use_raw=raw)
         given.inputs[0].shape[:] = rows.shape  # MLServer's codec makes (n,) to (n, 1)
         response = converters.ModelInferResponseConverter.to_types(stub.ModelInfer(given))
-        answers = NumpyCodec.decode_output(response.outputs[0])
-        right = np.allclose(answers, [example["output"] for example in card["examples"]], rtol=0, atol=1e-5)
+        values = NumpyCodec.decode_output(response.outputs[0])
+        right = np.allclose(values, [example["output"] for example in card["examples"]], rtol=0, atol=1e-5)
         check(right and response.id == "7" and response.model_name == name, f"{name} infers {'raw' if raw else 'typed'} contents")
 
 
-def refused(call: Callable[[Any], Any], request: object, code: grpc.StatusCode) -> None:
-    """Make sure that a call is refused."""
+def check_fails(call: Callable[[Any], Any], request: object, code: grpc.StatusCode) -> None:
+    """Check that a call fails with a status code."""
     try:
         call(request)
-        check(condition=False, what=f"{type(request).__name__} is refused")
+        check(condition=False, what=f"{type(request).__name__} fails")
     except grpc.RpcError as error:
-        check(error.code() == code, f"{type(request).__name__} is refused: {error.details()}")
+        check(error.code() == code, f"{type(request).__name__} fails: {error.details()}")
 
 
 def check(condition: bool, what: str) -> None:  # noqa: FBT001  the condition is the point
-    """Print what was found right, or end."""
+    """Print a check that passed, or exit with 1."""
     print(f"{'ok' if condition else 'WRONG'}: {what}", flush=True)
     if not condition:
         sys.exit(1)

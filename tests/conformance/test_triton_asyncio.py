@@ -1,4 +1,4 @@
-"""NVIDIA's asyncio client, unmodified: what its synchronous one gets, and streams."""
+"""NVIDIA's asyncio client, unmodified: the calls of the synchronous one, and streams."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -15,8 +15,10 @@ import models
 from tests.conformance.test_triton_sync import tensor
 from tests.conftest import Service
 
+pytestmark = pytest.mark.slow
 
-def asked(service: Service, scenario: Callable[[Any], Awaitable[None]]) -> None:
+
+def run_with_client(service: Service, scenario: Callable[[Any], Awaitable[None]]) -> None:
     """Run a scenario with a client of a service."""
 
     async def main() -> None:
@@ -27,7 +29,7 @@ def asked(service: Service, scenario: Callable[[Any], Awaitable[None]]) -> None:
 
 
 def test_server_and_repository(service: Service) -> None:
-    """The server is live and ready, tells its name, and lists, unloads and loads its models."""
+    """The server is live and ready, reports its name, and lists, unloads and loads its models."""
 
     async def scenario(client: Any) -> None:
         assert await client.is_server_live()
@@ -38,12 +40,12 @@ def test_server_and_repository(service: Service) -> None:
         await client.load_model("fizzbuzz")
         assert await client.is_model_ready("fizzbuzz")
 
-    asked(service, scenario)
+    run_with_client(service, scenario)
 
 
 @pytest.mark.parametrize("name", models.names())
 def test_model(service: Service, workspace: Path, name: str) -> None:
-    """Metadata, config and statistics are JSON to it, and a batch of any size is answered with the card's answers."""
+    """It reads metadata, configuration and statistics, and gets the outputs in the card."""
     card = read_card(workspace / "models" / name)
 
     async def scenario(client: Any) -> None:
@@ -59,12 +61,12 @@ def test_model(service: Service, workspace: Path, name: str) -> None:
         after = (await client.get_inference_statistics(name)).model_stats[0].inference_count
         assert after - before == len(card.examples)
 
-    asked(service, scenario)
+    run_with_client(service, scenario)
 
 
 @pytest.mark.parametrize("name", models.names())
 def test_stream(service: Service, workspace: Path, name: str) -> None:
-    """A stream is answered in order, a request that fails ends with its error, and the next one is answered."""
+    """A stream is answered in order; a request that fails gets its error, and the next one is answered."""
     card = read_card(workspace / "models" / name)
 
     async def requests() -> AsyncIterator[dict[str, Any]]:
@@ -72,16 +74,16 @@ def test_stream(service: Service, workspace: Path, name: str) -> None:
             yield {"model_name": model, "inputs": [tensor(card, card.example_rows())], "request_id": str(number)}
 
     async def scenario(client: Any) -> None:
-        found = [each async for each in client.stream_infer(requests())]
-        assert [error is None for _, error in found] == [True, False, True]
-        assert "there is no model 'nope'" in str(found[1][1])
-        assert [result.get_response().id for result, error in found if not error] == ["0", "2"]
+        results = [result async for result in client.stream_infer(requests())]
+        assert [error is None for _, error in results] == [True, False, True]
+        assert "there is no model 'nope'" in str(results[1][1])
+        assert [result.get_response().id for result, error in results if not error] == ["0", "2"]
 
-    asked(service, scenario)
+    run_with_client(service, scenario)
 
 
 def test_errors(service: Service) -> None:
-    """A model or version that there is not has the code NOT_FOUND, and says what there is."""
+    """An unknown model or version is NOT_FOUND."""
 
     async def scenario(client: Any) -> None:
         for call in (client.get_model_metadata("nope"), client.get_model_config("fizzbuzz", "nope")):
@@ -89,4 +91,4 @@ def test_errors(service: Service) -> None:
                 await call
             assert caught.value.status() == "StatusCode.NOT_FOUND"
 
-    asked(service, scenario)
+    run_with_client(service, scenario)

@@ -1,4 +1,4 @@
-"""What Triton's protocol has beyond inference: parameters, versions, and the extensions that are refused."""
+"""Triton's protocol beyond inference: parameters, versions, and the extensions that are not supported."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +11,8 @@ from tercet.card import Card, read_card
 
 from tests.conformance.test_triton_sync import tensor
 from tests.conftest import Service
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
@@ -26,15 +28,15 @@ def card(workspace: Path) -> Card:
     return read_card(workspace / "models" / "fizzbuzz")
 
 
-def refused(call: Callable[[], Any]) -> str:
-    """The code that a call ends with."""
+def code_of(call: Callable[[], Any]) -> str:
+    """The status code of a call that fails."""
     with pytest.raises(triton.InferenceServerException) as caught:
         call()
     return str(caught.value.status()).removeprefix("StatusCode.")
 
 
 @pytest.mark.parametrize(
-    "given",
+    "options",
     [
         {"priority": 1},
         {"timeout": 1000},
@@ -46,9 +48,9 @@ def refused(call: Callable[[], Any]) -> str:
         {"model_version": "1"},
     ],
 )
-def test_what_is_tolerated(client: Any, card: Card, given: dict[str, Any]) -> None:
-    """Parameters that mean nothing here change no answer; the version is the one served, or none."""
-    result = client.infer(card.name, [tensor(card, card.example_rows())], **given)
+def test_ignored_parameters(client: Any, card: Card, options: dict[str, Any]) -> None:
+    """Parameters that do not apply change nothing; the version is empty or the one that is served."""
+    result = client.infer(card.name, [tensor(card, card.example_rows())], **options)
     expected = [example.output for example in card.examples]
     np.testing.assert_allclose(result.as_numpy(card.output.name), expected, rtol=0, atol=1e-5)
 
@@ -68,27 +70,27 @@ def test_what_is_tolerated(client: Any, card: Card, given: dict[str, Any]) -> No
         lambda client: client.unregister_cuda_shared_memory(),
     ],
 )
-def test_what_is_not_offered(client: Any, call: Callable[[Any], Any]) -> None:
+def test_unsupported_extensions(client: Any, call: Callable[[Any], Any]) -> None:
     """Shared memory, trace and log settings are UNIMPLEMENTED."""
-    assert refused(lambda: call(client)) == "UNIMPLEMENTED"
+    assert code_of(lambda: call(client)) == "UNIMPLEMENTED"
 
 
 def test_shared_memory_in_a_request(client: Any, card: Card) -> None:
-    """A tensor that is said to lie in shared memory is refused, input and output."""
+    """A tensor in shared memory is INVALID_ARGUMENT, as input and as output."""
     rows = card.example_rows()
-    given, wanted = (
+    input_, output = (
         triton.InferInput(card.input.name, rows.shape, card.input.datatype),
         triton.InferRequestedOutput(card.output.name),
     )
-    given.set_shared_memory("mine", rows.nbytes)
-    assert refused(lambda: client.infer(card.name, [given])) == "INVALID_ARGUMENT"
-    wanted.set_shared_memory("mine", 8)
-    assert refused(lambda: client.infer(card.name, [tensor(card, rows)], outputs=[wanted])) == "INVALID_ARGUMENT"
+    input_.set_shared_memory("mine", rows.nbytes)
+    assert code_of(lambda: client.infer(card.name, [input_])) == "INVALID_ARGUMENT"
+    output.set_shared_memory("mine", 8)
+    assert code_of(lambda: client.infer(card.name, [tensor(card, rows)], outputs=[output])) == "INVALID_ARGUMENT"
 
 
 @pytest.mark.parametrize("version", ["0", "2", "latest", "1.0"])
 def test_other_versions(client: Any, card: Card, version: str) -> None:
-    """Every call that takes a version knows only the one that is served."""
+    """Every call accepts only the version that is served."""
     calls = (
         lambda: client.infer(card.name, [tensor(card, card.example_rows())], model_version=version),
         lambda: client.is_model_ready(card.name, version),
@@ -96,4 +98,4 @@ def test_other_versions(client: Any, card: Card, version: str) -> None:
         lambda: client.get_model_config(card.name, version),
         lambda: client.get_inference_statistics(card.name, version),
     )
-    assert [refused(call) for call in calls] == ["NOT_FOUND"] * len(calls)
+    assert [code_of(call) for call in calls] == ["NOT_FOUND"] * len(calls)

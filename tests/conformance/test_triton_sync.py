@@ -15,6 +15,8 @@ from tercet.client import Client
 import models
 from tests.conftest import Service
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def client(service: Service) -> Iterator[Any]:
@@ -25,13 +27,13 @@ def client(service: Service) -> Iterator[Any]:
 
 def tensor(card: Card, rows: Rows) -> Any:
     """The input of a request."""
-    given = triton.InferInput(card.input.name, rows.shape, card.input.datatype)
-    given.set_data_from_numpy(rows)
-    return given
+    tensor_ = triton.InferInput(card.input.name, rows.shape, card.input.datatype)
+    tensor_.set_data_from_numpy(rows)
+    return tensor_
 
 
 def test_server(client: Any) -> None:
-    """The server is live, ready, and has its name."""
+    """The server is live and ready, and reports its name."""
     assert client.is_server_live()
     assert client.is_server_ready()
     assert client.get_server_metadata().name == "tercet"
@@ -39,7 +41,7 @@ def test_server(client: Any) -> None:
 
 @pytest.mark.parametrize("name", models.names())
 def test_metadata(client: Any, workspace: Path, service: Service, name: str) -> None:
-    """A model is ready, in its version only, and its metadata are those of the card."""
+    """A model is ready, in its version only, and its metadata is that of the card."""
     card = read_card(workspace / "models" / name)
     assert client.is_model_ready(name)
     assert client.is_model_ready(name, card.version)
@@ -51,23 +53,23 @@ def test_metadata(client: Any, workspace: Path, service: Service, name: str) -> 
 
 
 @pytest.mark.parametrize("name", models.names())
-def test_config_tells_what_the_card_says(client: Any, workspace: Path, name: str) -> None:
-    """A client of another machine learns a model's description, warning, labels, units and ranges."""
+def test_config_has_the_texts_of_the_card(client: Any, workspace: Path, name: str) -> None:
+    """A remote client can read a model's description, warning, labels, units and ranges."""
     card = read_card(workspace / "models" / name)
-    told = {key: parameter.string_value for key, parameter in client.get_model_config(name).config.parameters.items()}
-    assert (told["description"], told["intended_use"], told["warning"]) == (card.description, card.intended_use, card.warning)
-    assert json.loads(told["labels"]) == list(card.labels)
-    assert msgspec.json.decode(told["features"], type=tuple[Feature, ...]) == card.input.features
+    texts = {key: parameter.string_value for key, parameter in client.get_model_config(name).config.parameters.items()}
+    assert (texts["description"], texts["intended_use"], texts["warning"]) == (card.description, card.intended_use, card.warning)
+    assert json.loads(texts["labels"]) == list(card.labels)
+    assert msgspec.json.decode(texts["features"], type=tuple[Feature, ...]) == card.input.features
 
 
 @pytest.mark.parametrize("name", models.names())
 @pytest.mark.parametrize("batch", [1, 2, 7, 1000])
-@pytest.mark.parametrize("ask", [False, True])
-def test_infer(client: Any, service: Service, workspace: Path, name: str, batch: int, *, ask: bool) -> None:
-    """It gets raw contents, the id that it sent, the outputs that it asked for, and the numbers that our client gets."""
+@pytest.mark.parametrize("named_output", [False, True])
+def test_infer(client: Any, service: Service, workspace: Path, name: str, batch: int, *, named_output: bool) -> None:
+    """It gets raw contents, the id that it sent, the requested outputs, and the same numbers as our client."""
     card = read_card(workspace / "models" / name)
     rows = np.resize(card.example_rows(), (batch, *card.input.shape))
-    outputs = [triton.InferRequestedOutput(card.output.name)] if ask else None
+    outputs = [triton.InferRequestedOutput(card.output.name)] if named_output else None
     result = client.infer(name, [tensor(card, rows)], outputs=outputs, request_id=f"{name}/{batch}", model_version=card.version)
     response = result.get_response()
     assert (response.id, response.model_name, response.model_version) == (f"{name}/{batch}", name, card.version)
@@ -79,7 +81,7 @@ def test_infer(client: Any, service: Service, workspace: Path, name: str, batch:
 
 @pytest.mark.parametrize("name", models.names())
 def test_unknown_output(client: Any, workspace: Path, name: str) -> None:
-    """An output that there is not is refused, with the name of the one that there is."""
+    """An unknown output is an error that names the right one."""
     card = read_card(workspace / "models" / name)
     with pytest.raises(triton.InferenceServerException, match=card.output.name) as caught:
         client.infer(name, [tensor(card, card.example_rows())], outputs=[triton.InferRequestedOutput("nope")])
@@ -87,7 +89,7 @@ def test_unknown_output(client: Any, workspace: Path, name: str) -> None:
 
 
 def test_unknown_model(client: Any) -> None:
-    """A model that there is not is an error, and never just not ready."""
-    with pytest.raises(triton.InferenceServerException, match="known are") as caught:
+    """An unknown model is an error, and not just not ready."""
+    with pytest.raises(triton.InferenceServerException, match="the models are") as caught:
         client.is_model_ready("nope")
     assert caught.value.status() == "StatusCode.NOT_FOUND"

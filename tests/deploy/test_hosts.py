@@ -1,4 +1,4 @@
-"""Services on hosts of their own, network namespaces on a bridge: what a client does when one of them vanishes."""
+"""Services on separate hosts (network namespaces on a bridge): what a client does when one of them vanishes."""
 
 import asyncio
 import multiprocessing
@@ -18,7 +18,7 @@ CALLS = 20
 
 
 def vanish(models: Path) -> None:
-    """Cut off one of two services for as long as it takes to answer calls that were sent to it, and then plug it in again."""
+    """Disconnect one of two services until the calls sent to it have been answered, then connect it again."""
     leave_network()
     with ExitStack() as stack:
         services = [Service(new_host(number), models) for number in (1, 2)]
@@ -33,15 +33,16 @@ def vanish(models: Path) -> None:
         while not asyncio.run(answered(services[0])):
             ask()
         services[0].host.connect("down")
-        assert ask() == ["7"] * CALLS  # half of them went to nobody first
+        assert ask() == ["7"] * CALLS  # half of them were first sent to the disconnected host
         services[0].host.connect("up")
         before = asyncio.run(answered(services[0]))
         while asyncio.run(answered(services[0])) == before:
             assert ask() == ["7"] * CALLS
 
 
+@pytest.mark.slow
 def test_a_host_that_vanishes(workspace: Path) -> None:
-    """Calls to a host that was cut off without a FIN are answered by another in time; when it is back, it gets calls again."""
+    """Calls to a host that was disconnected without a FIN are answered by another in time; once it is back, it gets calls again."""
     if os.geteuid() or not all(map(shutil.which, ("ip", "nsenter", "unshare"))):
         pytest.skip("network namespaces need root, ip, nsenter and unshare")
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:

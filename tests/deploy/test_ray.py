@@ -1,4 +1,4 @@
-"""deploy/ray_app.py without a cluster; benchmarks/ray_serve.py tries it on one."""
+"""deploy/ray/app.py without a cluster; deploy/ray/benchmark.py runs it on one."""
 
 import asyncio
 from pathlib import Path
@@ -14,139 +14,138 @@ from grpc_health.v1 import health_pb2_grpc
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from tercet.errors import InvalidInputError, ShuttingDownError, StartupError
 from tercet.proto.fizzbuzz_pb2 import AnswerRequest, CountRequest
-from tercet.server.metrics import Metrics
+from tercet.server.rpc import Calls
+from tercet.server.servicers import Backend
+from tercet.server.telemetry import Telemetry
 
-pytest.importorskip("ray", reason="ray is not installed: pip install -c constraints.txt 'tercet[ray]' in an environment of its own")
-ray_app: Any = pytest.importorskip("deploy.ray_app")
+pytest.importorskip("ray", reason="Ray is not installed: pip install -c constraints.txt -e '.[serve,ray]'")
+ray_app: Any = pytest.importorskip("deploy.ray.app")
 
+pytestmark = pytest.mark.slow
 SERVING, NOT_SERVING = HealthCheckResponse.SERVING, HealthCheckResponse.NOT_SERVING
 
 
 class Refusing:
     """A repository whose models refuse every request."""
 
-    metrics = Metrics()
-
     def __init__(self, error: Exception) -> None:
         self._error = error
 
-    def admit(self) -> None:
-        """Welcome the call."""
-
-    def names(self) -> list[str]:
-        """No model."""
+    def loaded_names(self) -> list[str]:
         return []
 
     def get(self, _name: str) -> Any:
-        """Refuse."""
         raise self._error
 
 
-class Told:
-    """Ray's context of a call: what the client is told."""
+class RayContext:
+    """Ray's context of a call: keeps the status that the client gets."""
 
     code: grpc.StatusCode | None = None
     details = ""
     metadata: tuple[tuple[str, bytes], ...] = ()
 
     def set_code(self, code: grpc.StatusCode) -> None:
-        """Keep it."""
         self.code = code
 
     def set_details(self, details: str) -> None:
-        """Keep them."""
         self.details = details
 
     def set_trailing_metadata(self, metadata: list[tuple[str, bytes]]) -> None:
-        """Keep it."""
         self.metadata = tuple(metadata)
 
 
+def backend(repository: Any) -> Backend:
+    return Backend(repository=repository, telemetry=Telemetry(), calls=Calls(), command=ray_app.refuse)
+
+
 def replica(error: Exception) -> Any:
-    """A replica without models."""
+    """Return a replica whose models raise `error`."""
     methods = ray_app.Methods()
-    for add, face in ray_app.FACES.items():
-        add(face(Refusing(error), *((ray_app.refuse,) if face is ray_app.InferenceServicer else ())), ray_app.Readable(methods))
+    for add, servicer in ray_app.SERVICERS.items():
+        add(servicer(backend(Refusing(error))), ray_app.TolerantServer(methods))
     return SimpleNamespace(methods=methods)
 
 
 def test_every_rpc_has_a_method() -> None:
     """Ray finds a method for every RPC of both APIs, which takes the context by the name that Ray gives it."""
-    registered = ray_app.Methods()
-    for add, face in ray_app.FACES.items():
-        add(face, registered)
-    assert {"ModelInfer", "ModelStreamInfer", "Classify", "Assess", "Answer", "Count"} <= set(registered)
-    assert all("grpc_context" in getattr(ray_app.Replica, name).__code__.co_varnames for name in registered)
+    methods = ray_app.Methods()
+    for add, servicer in ray_app.SERVICERS.items():
+        add(servicer, methods)
+    assert {"ModelInfer", "ModelStreamInfer", "Classify", "Assess", "Answer", "Count"} <= set(methods)
+    assert all("grpc_context" in getattr(ray_app.Replica, name).__code__.co_varnames for name in methods)
 
 
-def test_a_proxy_does_not_read_requests() -> None:
-    """What is added to Ray's proxy has no deserializer: requests stay bytes."""
-    registered = ray_app.Methods()
-    ray_app.add_faces(Mock(), registered)  # as Ray does
-    assert registered
-    assert {handler.request_deserializer for handler in registered.values()} == {None}
+def test_a_proxy_does_not_parse_requests() -> None:
+    """The methods added to Ray's proxy have no deserializer: requests stay bytes."""
+    methods = ray_app.Methods()
+    ray_app.add_servicers(Mock(), methods)  # as Ray does
+    assert methods
+    assert {handler.request_deserializer for handler in methods.values()} == {None}
 
 
 def test_an_error_keeps_its_details() -> None:
-    """A refused request ends with the code, the text and the google.rpc details that the plain service gives."""
-    told = Told()
-    answer = ray_app.Replica.Answer(replica(InvalidInputError("numbers", "are wrong")), AnswerRequest().SerializeToString(), told)
+    """A refused request ends with the same code, text and google.rpc details as in `tercet serve`."""
+    context = RayContext()
+    answer = ray_app.Replica.Answer(
+        replica(InvalidInputError("numbers", "are wrong")), AnswerRequest().SerializeToString(), context
+    )
     assert asyncio.run(answer).SerializeToString() == b""
-    assert (told.code, told.details) == (grpc.StatusCode.INVALID_ARGUMENT, "numbers: are wrong")
-    [(key, value)] = told.metadata
+    assert (context.code, context.details) == (grpc.StatusCode.INVALID_ARGUMENT, "numbers: are wrong")
+    [(key, value)] = context.metadata
     violation = BadRequest()
     assert key == "grpc-status-details-bin"
     assert Status.FromString(value).details[0].Unpack(violation)
     assert violation.field_violations[0].field == "numbers"
 
 
-def test_bytes_that_are_no_message() -> None:
-    """A replica tells what cannot be read as INVALID_ARGUMENT."""
-    told = Told()
-    asyncio.run(ray_app.Replica.Answer(replica(ShuttingDownError("never")), b"\xff\xff", told))
-    assert told.code == grpc.StatusCode.INVALID_ARGUMENT
+def test_a_malformed_request() -> None:
+    """Bytes that cannot be parsed are INVALID_ARGUMENT."""
+    context = RayContext()
+    asyncio.run(ray_app.Replica.Answer(replica(ShuttingDownError("never")), b"\xff\xff", context))
+    assert context.code == grpc.StatusCode.INVALID_ARGUMENT
 
 
 def test_a_stream_ends_with_its_code() -> None:
-    """A stream that fails raises, with the code set, which is how Ray hands it on."""
-    told = Told()
+    """A stream that fails raises with the code set, which Ray passes on."""
+    context = RayContext()
 
     async def read() -> list[Any]:
         request = CountRequest(start=1, stop=3).SerializeToString()
-        return [response async for response in ray_app.Replica.Count(replica(ShuttingDownError("ask another")), request, told)]
+        return [response async for response in ray_app.Replica.Count(replica(ShuttingDownError("ask another")), request, context)]
 
-    with pytest.raises(ray_app.Ended, match="ask another"):
+    with pytest.raises(ray_app.CallFailed, match="ask another"):
         asyncio.run(read())
-    assert told.code == grpc.StatusCode.UNAVAILABLE
+    assert context.code == grpc.StatusCode.UNAVAILABLE
 
 
 def test_health() -> None:
-    """The standard health service says which models a replica serves, and that it cannot be watched."""
-    models = SimpleNamespace(known=["a", "b"], names=lambda: ["a"], ready=False, metrics=Metrics(), admit=lambda: None)
-    face, told = ray_app.HealthServicer(models), Told()
+    """The standard health service says which models a replica serves; Watch is UNIMPLEMENTED."""
+    models = SimpleNamespace(all_names=lambda: ["a", "b"], loaded_names=lambda: ["a"], ready=False)
+    servicer, context = ray_app.HealthServicer(backend(models)), RayContext()
     methods = ray_app.Methods()
-    health_pb2_grpc.add_HealthServicer_to_server(face, ray_app.Readable(methods))
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, ray_app.TolerantServer(methods))
     here = SimpleNamespace(methods=methods)
 
     def ask(name: str) -> Any:
-        return asyncio.run(ray_app.Replica.Check(here, HealthCheckRequest(service=name).SerializeToString(), told))
+        return asyncio.run(ray_app.Replica.Check(here, HealthCheckRequest(service=name).SerializeToString(), context))
 
     assert [ask(name).status for name in ("a", "b", "")] == [SERVING, NOT_SERVING, NOT_SERVING]
-    listed = asyncio.run(ray_app.Replica.List(here, b"", told))
+    listed = asyncio.run(ray_app.Replica.List(here, b"", context))
     assert {name: each.status for name, each in listed.statuses.items()} == {"a": SERVING, "b": NOT_SERVING, "": NOT_SERVING}
     ask("nope")
-    assert (told.code, told.details) == (grpc.StatusCode.NOT_FOUND, "there is no model 'nope'; known are a, b")
+    assert (context.code, context.details) == (grpc.StatusCode.NOT_FOUND, "there is no model 'nope'; the models are a, b")
 
     async def watch() -> list[Any]:
-        return [response async for response in ray_app.Replica.Watch(here, b"", told)]
+        return [response async for response in ray_app.Replica.Watch(here, b"", context)]
 
-    with pytest.raises(ray_app.Ended):
+    with pytest.raises(ray_app.CallFailed):
         asyncio.run(watch())
-    assert told.code == grpc.StatusCode.UNIMPLEMENTED
+    assert context.code == grpc.StatusCode.UNIMPLEMENTED
 
 
 def test_settings() -> None:
-    """Settings are those of the service; one that is Ray's matter is refused with those that there are."""
-    with pytest.raises(StartupError, match=r"port: not for Ray; there are .*models"):
+    """Settings are options of `tercet serve`; an option that Ray decides is refused with a list of the settings."""
+    with pytest.raises(StartupError, match=r"port: not a setting on Ray; these are: .*models"):
         ray_app.app({"port": "1"})
     assert ray_app.app({"models": str(Path.cwd()), "threads": "2"})

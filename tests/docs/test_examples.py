@@ -17,22 +17,22 @@ PRINTED = {
         "drawn: 0",
         "10000 strokes, read as [1]",
         "7 7 7",
-        "is (28, 28) uint8",
+        "expected (28, 28) uint8",
     ],
     "patients": [
         "Bea   7 of 8 measured: ",
         "Elsa  1 of 8 measured: ",
         "180 mg/dl ####",
-        "'glucose' is no",
+        "unknown measurement 'glucose'",
         "patients[5].age_years",
     ],
-    "counting": ["1 2 fizz 4 buzz fizzbuzz", "1024                 says fizzbuzz_any", FIZZBUZZ, "fizz (5 ahead) 16 (4 ahead)"],
+    "counting": ["1 2 fizz 4 buzz fizzbuzz", "1024                 by fizzbuzz_any", FIZZBUZZ, "fizz (5 ahead) 16 (4 ahead)"],
     "any_model": [
         "number number fizz number buzz",
         "6000 pictures of noise",
         "1000 made-up patients",
-        "[-1] is right",
-        "1.5 is no INT64",
+        "expected shape [-1], got",
+        "expected INT64, got 1.5",
     ],
     "many_requests": [
         "'number': 533, 'fizz': 267, 'buzz': 134, 'fizzbuzz': 66",
@@ -52,7 +52,7 @@ def test_every_example_is_run() -> None:
 def test_python(default_service: Service, name: str) -> None:
     """An example needs the address alone, and prints its answers."""
     example = (sys.executable, "-W", "error", f"examples/{name}.py", default_service.address)
-    printed = run(*example, cwd=REPOSITORY, PYTHONPATH=str(REPOSITORY)).stdout
+    printed = run(*example, cwd=REPOSITORY).stdout
     for expected in PRINTED[name]:
         assert expected in printed
 

@@ -1,4 +1,4 @@
-"""The batcher alone, with an engine that writes down what it is given, and a clock that the test turns."""
+"""The batcher alone, with an engine that records its batches, and a clock that the test controls."""
 
 import asyncio
 import logging
@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tercet.card import Rows
 from tercet.errors import InternalError, QueueFullError, QueueTimeoutError, ShuttingDownError
-from tercet.server.batcher import PATIENCE, Batcher
+from tercet.server.batcher import IDLE_TICKS, Batcher
 
 pytestmark = pytest.mark.timeout(60)  # a request that nobody answers shows as a test that does not end
 
@@ -22,7 +22,7 @@ both = pytest.mark.parametrize("inline_rows", [0, 3])  # every batch in the thre
 
 
 class FakeEngine:
-    """Answers a row with three times its value. A batch begins when the test lets it: see `held` and `release`."""
+    """Returns three times each row. The test can hold a batch: see `hold` and `release`."""
 
     def __init__(self, inline_rows: int = 0) -> None:
         self.batches: list[list[int]] = []  # every batch that was begun
@@ -56,31 +56,31 @@ class FakeEngine:
 
     @property
     def executed(self) -> set[int]:
-        """Every row that the engine was given."""
+        """Every row that the engine has run."""
         return {row for batch in self.batches for row in batch}
 
 
 async def ticks() -> None:
-    """Let everything that is ready run, callbacks of callbacks too, and no short batch yet; no time passes."""
-    for _ in range(5):  # fewer than PATIENCE
+    """Run what is ready, including callbacks of callbacks, but no short batch yet; no time passes."""
+    for _ in range(5):  # fewer than IDLE_TICKS
         await asyncio.sleep(0)
 
 
 async def submit(batcher: Batcher, *requests: list[int]) -> list[asyncio.Task[Rows]]:
-    """Start a call for each request, in this order; when it returns they run or wait."""
+    """Start a call for each request, in this order; on return they run or wait."""
     tasks = [asyncio.create_task(batcher.infer(np.array(rows))) for rows in requests]
     await ticks()
     return tasks
 
 
 async def outcomes(tasks: list[asyncio.Task[Rows]]) -> list[Any]:
-    """What each call came to: its answer as a list, or the class of its error."""
+    """The result of each call: its output as a list, or the class of its error."""
     results = await asyncio.gather(*tasks, return_exceptions=True)
     return [type(result) if isinstance(result, BaseException) else result.tolist() for result in results]
 
 
 def turn_clock(seconds: float) -> None:
-    """Make the event loop's clock jump; timers that become due run in the next ticks."""
+    """Advance the event loop's clock; timers that become due run in the next ticks."""
     loop = asyncio.get_running_loop()
     now = loop.time() + seconds
     loop.time = lambda: now  # type: ignore[method-assign]
@@ -107,7 +107,7 @@ def play(scenario: Scenario, **limits: float) -> FakeEngine:
 
 @pytest.fixture(autouse=True)
 def nothing_lost(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    """No test may leave an exception in a callback or in a future that nobody looked at; asyncio logs those."""
+    """No test may leave an exception in a callback or in a future that is never awaited; asyncio logs those."""
     yield
     assert [record.getMessage() for record in caplog.get_records("call") if record.name == "asyncio"] == []
 
@@ -125,7 +125,7 @@ def nothing_lost(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     ],
 )
 def test_batches(requests: list[list[int]], batches: list[list[int]], inline_rows: int) -> None:
-    """What gathers while the engine is busy is merged, whole requests together when they fit, larger ones split."""
+    """Requests that gather while the engine is busy are merged when they fit; larger ones are split."""
 
     async def scenario(batcher: Batcher, engine: FakeEngine) -> None:
         running = await engine.hold(batcher)
@@ -153,7 +153,7 @@ def test_idle_engine_starts_at_once(inline_rows: int) -> None:
 
 @both
 def test_max_delay_gathers(inline_rows: int) -> None:
-    """With max_delay an idle engine waits for company: until a batch is full, or the oldest has waited that long."""
+    """With max_delay an idle engine waits until a batch is full or the oldest request has waited that long."""
 
     async def scenario(batcher: Batcher, engine: FakeEngine) -> None:
         turn_clock(0)
@@ -173,7 +173,7 @@ def test_max_delay_gathers(inline_rows: int) -> None:
 
 @both
 def test_full_queue_refuses_at_once(inline_rows: int) -> None:
-    """A request that the queue has no room for is refused at once, and is welcome when a cancelled or expired one has left."""
+    """A request that does not fit the queue is refused at once, and accepted after a cancelled or expired one has left."""
 
     async def scenario(batcher: Batcher, engine: FakeEngine) -> None:
         turn_clock(0)
@@ -198,7 +198,7 @@ def test_full_queue_refuses_at_once(inline_rows: int) -> None:
 
 @both
 def test_queue_timeout_ends_what_waits(inline_rows: int) -> None:
-    """A request that has waited too long ends while the engine is still busy, and never runs; younger ones stay."""
+    """A request that has waited too long ends while the engine is still busy and never runs; later ones stay."""
 
     async def scenario(batcher: Batcher, engine: FakeEngine) -> None:
         turn_clock(0)
@@ -217,7 +217,7 @@ def test_queue_timeout_ends_what_waits(inline_rows: int) -> None:
 
 @both
 def test_cancelled_requests_never_run(inline_rows: int) -> None:
-    """A cancelled request, split or whole, is never run, and its neighbours are."""
+    """A cancelled request, split or whole, never runs, and its neighbours do."""
 
     async def scenario(batcher: Batcher, engine: FakeEngine) -> None:
         running = await engine.hold(batcher)
@@ -233,7 +233,7 @@ def test_cancelled_requests_never_run(inline_rows: int) -> None:
 
 @both
 def test_cancelled_as_it_expires(inline_rows: int) -> None:
-    """A caller that leaves in the very tick in which its request expires disturbs nobody else's timeout."""
+    """A caller that cancels in the same tick as its request expires does not affect other timeouts."""
 
     async def scenario(batcher: Batcher, engine: FakeEngine) -> None:
         turn_clock(0)
@@ -251,7 +251,7 @@ def test_cancelled_as_it_expires(inline_rows: int) -> None:
 
 @both
 def test_cancelled_as_the_engine_frees(inline_rows: int) -> None:
-    """A caller that leaves in the very tick in which the next batch is put together is not in it."""
+    """A caller that cancels in the same tick as the next batch is assembled is not in it."""
 
     async def scenario(batcher: Batcher, engine: FakeEngine) -> None:
         running = await engine.hold(batcher)
@@ -286,7 +286,7 @@ def test_failure_stays_in_its_batch(caplog: pytest.LogCaptureFixture, inline_row
 @pytest.mark.parametrize("answer", [lambda rows: rows[:-1], lambda rows: np.concatenate([rows, rows]), lambda _: None])
 @both
 def test_wrong_answers_are_failures(answer: Callable[[Rows], Rows], inline_rows: int) -> None:
-    """An engine that answers with more rows, fewer, or none at all has failed."""
+    """An engine that returns more rows, fewer rows or nothing has failed."""
 
     async def main() -> None:
         batcher = Batcher(answer, **LIMITS, inline_rows=inline_rows)  # type: ignore[arg-type]
@@ -298,7 +298,7 @@ def test_wrong_answers_are_failures(answer: Callable[[Rows], Rows], inline_rows:
 
 @both
 def test_close_ends_waiters(inline_rows: int) -> None:
-    """Closing ends those that wait and all that come later, and lets the running batch finish."""
+    """Closing ends waiting and later requests, and lets the running batch finish."""
 
     async def scenario(batcher: Batcher, engine: FakeEngine) -> None:
         running = await engine.hold(batcher)
@@ -316,14 +316,14 @@ def test_close_ends_waiters(inline_rows: int) -> None:
 
 @both
 @pytest.mark.parametrize("max_batch_rows", [2, 4, 8])
-def test_take_over(max_batch_rows: int, inline_rows: int) -> None:
-    """What waits keeps its place and is answered by the new engine; the batch that runs is the old one's to the end."""
+def test_replace_engine(max_batch_rows: int, inline_rows: int) -> None:
+    """Waiting requests keep their places and go to the new engine; the running batch stays with the old one."""
     new = FakeEngine()
 
     async def scenario(batcher: Batcher, engine: FakeEngine) -> None:
         running = await engine.hold(batcher)
         waiting = await submit(batcher, [1], [2, 3], [4, 5, 6, 7])
-        batcher.take_over(lambda rows: new.run(rows) + 1, max_batch_rows=max_batch_rows, inline_rows=inline_rows)
+        batcher.replace_engine(lambda rows: new.run(rows) + 1, max_batch_rows=max_batch_rows, inline_rows=inline_rows)
         waiting += await submit(batcher, [8])
         assert new.batches == []
         engine.release()
@@ -340,7 +340,7 @@ def test_take_over_of_an_idle_engine(inline_rows: int) -> None:
     new = FakeEngine()
 
     async def scenario(batcher: Batcher, _engine: FakeEngine) -> None:
-        batcher.take_over(new.run, max_batch_rows=2, inline_rows=0)
+        batcher.replace_engine(new.run, max_batch_rows=2, inline_rows=0)
         assert await outcomes(await submit(batcher, [1, 2, 3, 4, 5])) == [[3, 6, 9, 12, 15]]
 
     assert play(scenario, inline_rows=inline_rows).batches == []
@@ -349,7 +349,7 @@ def test_take_over_of_an_idle_engine(inline_rows: int) -> None:
 
 @both
 def test_drain(inline_rows: int) -> None:
-    """Draining ends when all that waited has been answered, has expired or has left, and not before."""
+    """Draining ends when every waiting request has been answered, has expired or was cancelled, and not before."""
 
     async def scenario(batcher: Batcher, engine: FakeEngine) -> None:
         await batcher.drain()
@@ -367,14 +367,14 @@ def test_drain(inline_rows: int) -> None:
 
 
 def test_inline_batches_merge_what_comes_together() -> None:
-    """A short batch waits, while the clock stands still, for what comes in the next ticks; it runs on the loop when none does."""
+    """A short batch waits for requests in the next ticks, without time passing, and then runs on the loop."""
 
     async def scenario(batcher: Batcher, engine: FakeEngine) -> None:
         turn_clock(0)
         tasks = await submit(batcher, [1])
         tasks += await submit(batcher, [2], [3])
         assert engine.batches == []
-        for _ in range(PATIENCE):
+        for _ in range(IDLE_TICKS):
             await asyncio.sleep(0)
         assert all(task.done() for task in tasks)
         assert await outcomes(tasks) == [[3], [6], [9]]
@@ -384,7 +384,7 @@ def test_inline_batches_merge_what_comes_together() -> None:
 
 
 def test_larger_batches_go_to_the_thread() -> None:
-    """A batch of more than inline_rows rows, one request or several, starts in the thread without waiting for company."""
+    """A batch of more than inline_rows rows, one request or several, starts in the thread without waiting for more."""
 
     async def scenario(batcher: Batcher, _engine: FakeEngine) -> None:
         await outcomes(await submit(batcher, [1, 2, 3]))
@@ -397,7 +397,7 @@ def test_larger_batches_go_to_the_thread() -> None:
 
 @pytest.mark.parametrize("end", ["cancel", "expire", "close"])
 def test_what_leaves_before_its_inline_batch_never_runs(end: str) -> None:
-    """A request that is cancelled, expires or is refused by a closing batcher before its ticks are over never runs inline."""
+    """A request that is cancelled, expires or is ended by close before its ticks are over never runs inline."""
 
     async def scenario(batcher: Batcher, _engine: FakeEngine) -> None:
         turn_clock(0)
@@ -410,7 +410,7 @@ def test_what_leaves_before_its_inline_batch_never_runs(end: str) -> None:
             await batcher.close()
         ended = {"cancel": asyncio.CancelledError, "expire": QueueTimeoutError, "close": ShuttingDownError}[end]
         assert await outcomes(tasks) == [ended, [6] if end == "cancel" else ended]
-        for _ in range(PATIENCE):
+        for _ in range(IDLE_TICKS):
             await asyncio.sleep(0)
 
     assert play(scenario, inline_rows=3).batches == ([[2]] if end == "cancel" else [])
@@ -418,7 +418,7 @@ def test_what_leaves_before_its_inline_batch_never_runs(end: str) -> None:
 
 @both
 def test_models_never_wait_for_each_other(inline_rows: int) -> None:
-    """While one model's engine is busy in its thread, another model answers short and long requests, the clock standing still."""
+    """While one model's engine is busy in its thread, another model answers short and long requests without time passing."""
 
     async def scenario(batcher: Batcher, engine: FakeEngine) -> None:
         turn_clock(0)
@@ -444,7 +444,7 @@ REQUEST = st.tuples(st.integers(1, 9), st.sampled_from(["keep", "keep", "keep", 
 @settings(deadline=None, max_examples=100)
 @given(rounds=st.lists(st.lists(REQUEST, max_size=12), max_size=3), max_batch_rows=st.integers(1, 8), inline=st.integers(0, 7))
 def test_every_row_goes_back_to_its_caller(rounds: list[list[tuple[int, str]]], max_batch_rows: int, inline: int) -> None:
-    """Whatever others send, cancel or break, a caller gets what its rows get alone, and what is cancelled never runs."""
+    """No matter what others send, cancel or break, a caller gets the output of its rows, and cancelled rows never run."""
     cancelled: set[int] = set()
 
     async def scenario(batcher: Batcher, engine: FakeEngine) -> None:

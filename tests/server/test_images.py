@@ -1,34 +1,26 @@
-"""Pictures as people have them, to pixels as MNIST has them."""
+"""Images as people have them, to pixels as MNIST has them."""
 
 import io
-import struct
-import zlib
+from functools import partial
 
+import grpc
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
+from grpc import StatusCode
+from PIL import Image
 from tercet.card import Rows
 from tercet.errors import InvalidInputError
-from tercet.server.images import BOX, MAX_PIXELS, PAPER, SIDE, decode_image
+from tercet.proto.digits_pb2 import ClassifyRequest
+from tercet.proto.digits_pb2 import Image as Picture
+from tercet.proto.digits_pb2_grpc import DigitsStub
+from tercet.server.images import BOX_SIDE, MAX_PAPER, MAX_PIXELS, MAX_SCANS, SIDE, START_OF_SCAN, PixelBudget, decode_image
 
-
-def encoded(picture: Image.Image, kind: str = "PNG") -> bytes:
-    """The bytes of a picture's file."""
-    file = io.BytesIO()
-    picture.save(file, kind)
-    return file.getvalue()
-
-
-def four(width: int = 120, height: int = 180, *, mode: str = "L", paper: object = 255, ink: object = 0) -> Image.Image:
-    """A 4, drawn out of the middle, with strokes a tenth of the picture wide."""
-    picture = Image.new(mode, (width, height), paper)  # type: ignore[arg-type]
-    corners = [(0.5, 0.1), (0.1, 0.5), (0.6, 0.5), (0.5, 0.1), (0.5, 0.8)]
-    ImageDraw.Draw(picture).line([(x * width, y * height) for x, y in corners], fill=ink, width=width // 10)  # type: ignore[arg-type]
-    return picture
+from tests.conftest import Service
+from tests.server.support import bomb, encoded, fields, four, refused
 
 
 def pixels(content: bytes) -> Rows:
-    """What is read from a file, as signed numbers."""
+    """The pixels of a file, as signed numbers."""
     rows = decode_image(content, "image")
     assert rows.shape == (SIDE, SIDE)
     assert rows.dtype == np.uint8
@@ -36,12 +28,12 @@ def pixels(content: bytes) -> Rows:
 
 
 def transparent() -> Image.Image:
-    """Black ink on nothing, whose hidden colour is black too."""
+    """Black ink on a transparent background whose hidden colour is black too."""
     return four(mode="RGBA", paper=(0, 0, 0, 0), ink=(0, 0, 0, 255))
 
 
 def sideways() -> bytes:
-    """A photo that was taken with the camera turned, as its EXIF data tell."""
+    """A photo taken with a rotated camera, according to its EXIF data."""
     exif, file = Image.Exif(), io.BytesIO()
     exif[0x0112] = 6  # orientation: turn by 90 degrees to see it upright
     four().transpose(Image.Transpose.ROTATE_90).save(file, "JPEG", exif=exif, quality=95)
@@ -67,7 +59,7 @@ SAME = {
 
 @pytest.mark.parametrize("case", SAME)
 def test_same_digit_however_it_is_kept(case: str) -> None:
-    """Colours, transparency, format, orientation and size of a picture change next to nothing in what is read."""
+    """Colours, transparency, format, orientation and size of an image hardly change the pixels."""
     expected = pixels(encoded(four()))
     assert np.corrcoef(expected.ravel(), pixels(SAME[case]).ravel())[0, 1] > 0.95
 
@@ -78,7 +70,7 @@ def test_centred(width: int, height: int, turn: Image.Transpose | None) -> None:
     """The ink ends as high or as wide as the box, with its centre of mass within half a pixel of the middle."""
     picture = four(width, height)
     rows = pixels(encoded(picture if turn is None else picture.transpose(turn)))
-    assert max(np.ptp(np.flatnonzero((rows > PAPER).any(axis=axis))) + 1 for axis in (0, 1)) in (BOX - 1, BOX)
+    assert max(np.ptp(np.flatnonzero((rows > MAX_PAPER).any(axis=axis))) + 1 for axis in (0, 1)) in (BOX_SIDE - 1, BOX_SIDE)
     for axis in (0, 1):
         centre = rows.sum(axis=1 - axis) @ (np.arange(SIDE) + 0.5) / rows.sum()
         assert abs(centre - SIDE / 2) <= 0.5
@@ -86,22 +78,18 @@ def test_centred(width: int, height: int, turn: Image.Transpose | None) -> None:
 
 @pytest.mark.parametrize("invert", [False, True])
 def test_kept_as_it_is(*, invert: bool) -> None:
-    """A picture of 28 x 28 pixels is not moved or scaled; only its polarity is set right."""
+    """An image of 28 x 28 pixels is not moved or scaled; only its polarity is normalised."""
     field = np.zeros((SIDE, SIDE), np.uint8)
     field[3:9, 5:20] = np.arange(100, 190).reshape(6, 15)
     np.testing.assert_array_equal(pixels(encoded(Image.fromarray(255 - field if invert else field))), field)
 
 
-def bomb(width: int, height: int, colour: int = 0) -> bytes:
-    """A PNG that claims a size and has no pixels at all: reading them is an error of another text."""
-    header = struct.pack(">IIBBBBB", width, height, 8, colour, 0, 0, 0)
-    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")]
-    parts = [struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+NOISE = np.random.default_rng(0).integers(255 - MAX_PAPER, 256, (40, 40), np.uint8)
 
 
-NOISE = np.random.default_rng(0).integers(255 - PAPER, 256, (40, 40), np.uint8)
-UNREADABLE, TOO_LARGE, BLANK = "no readable PNG or JPEG", f"{MAX_PIXELS} are read", "blank"
+UNREADABLE, TOO_LARGE, BLANK = "not a readable PNG or JPEG image", f"at most {MAX_PIXELS} pixels", "blank"
+
+
 NO_DIGIT = {
     "nothing": (b"", UNREADABLE),
     "text": (b"a text file\n", UNREADABLE),
@@ -122,8 +110,52 @@ NO_DIGIT = {
 
 @pytest.mark.parametrize("case", NO_DIGIT)
 def test_no_digit(case: str) -> None:
-    """What is no picture, too large (told from its header alone) or blank is refused with the field, and what would be right."""
+    """An unreadable, too large (by its header alone) or blank image is an error that names the field and what would be right."""
     content, text = NO_DIGIT[case]
     with pytest.raises(InvalidInputError, match=text) as caught:
         decode_image(content, "images[3].encoded")
     assert caught.value.field == "images[3].encoded"
+
+
+MAX_SIDE = 4096  # pixels
+
+
+def test_scan_bomb() -> None:
+    """A JPEG file whose last scan is repeated, 20 ms and 33 bytes each, is refused before the first is read."""
+    file = io.BytesIO()
+    four(800, 1200).save(file, "JPEG", progressive=True)
+    good = file.getvalue()
+    assert decode_image(good, "image").any()
+    start = good.rindex(START_OF_SCAN)
+    with pytest.raises(InvalidInputError, match=f"more than {MAX_SCANS} scans"):
+        decode_image(good[:-2] + good[start:-2] * MAX_SCANS + good[-2:], "image")
+
+
+def test_dust() -> None:
+    """Two specks, far apart, of which nothing is left when they are scaled to a digit's size, are no digit."""
+    field = np.full((MAX_SIDE, MAX_SIDE), 255, np.uint8)
+    field[0, 0] = field[-1, -1] = 0
+    with pytest.raises(InvalidInputError, match="blank"):
+        decode_image(encoded(Image.fromarray(field)), "image")
+
+
+def test_pixels_of_a_request() -> None:
+    """A request may have many pictures and large ones, but not many large ones; that is told before the last is decoded."""
+    budget = PixelBudget()
+    for _ in range(4):
+        with pytest.raises(InvalidInputError, match="not a readable"):
+            decode_image(bomb(MAX_SIDE, MAX_SIDE), "image", budget)
+    with pytest.raises(InvalidInputError, match="use several requests"):
+        decode_image(bomb(1, 1), "images[4].encoded", budget)
+
+
+@pytest.mark.slow
+def test_many_large_pictures(default_service: Service) -> None:
+    """The client is told which picture is too much, and the service answers others meanwhile and after it."""
+    large, digit = encoded(Image.fromarray(np.pad(np.asarray(four()), MAX_SIDE // 3, constant_values=255))), encoded(four())
+    count = 4 * MAX_PIXELS // (Image.open(io.BytesIO(large)).width * Image.open(io.BytesIO(large)).height)
+    with grpc.insecure_channel(default_service.address) as channel:
+        pictures = [Picture(encoded=large)] * (count + 1)
+        error = refused(partial(DigitsStub(channel).Classify, ClassifyRequest(images=pictures)))
+        assert (error.code(), fields(error)) == (StatusCode.INVALID_ARGUMENT, [f"images[{count}].encoded"])
+        assert len(DigitsStub(channel).Classify(ClassifyRequest(images=[Picture(encoded=digit)] * 100)).digits) == 100

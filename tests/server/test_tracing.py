@@ -1,4 +1,4 @@
-"""Traces and logs: what a collector and a log reader get."""
+"""Traces for a collector, and logs as JSON."""
 
 import json
 import subprocess
@@ -18,15 +18,16 @@ from tests.conftest import BIN, serving
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 
+pytestmark = pytest.mark.slow
+
 
 class Collector(trace_service_pb2_grpc.TraceServiceServicer):
-    """Takes spans."""
+    """Receives spans."""
 
     def __init__(self) -> None:
         self.spans: Queue[Any] = Queue()
 
     def Export(self, request: Any, _context: Any) -> Any:  # noqa: N802
-        """Keep them."""
         for resource in request.resource_spans:
             for scope in resource.scope_spans:
                 for span in scope.spans:

@@ -1,4 +1,4 @@
-"""Several processes on one port: they answer, they are replaced, they end."""
+"""Several processes on one port: they answer, are replaced, and shut down."""
 
 import os
 import shutil
@@ -27,16 +27,18 @@ from tests.conftest import BIN, Service, run, serving
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 WORKERS = health_pb2.HealthCheckRequest(service="workers")
 
+pytestmark = pytest.mark.slow
+
 
 def connect(service: Service) -> grpc.Channel:
-    """A channel with a connection of its own, which tries again what a dying worker did not answer."""
+    """A channel with its own connection that retries what a dying worker did not answer."""
     channel = grpc.insecure_channel(service.address, [*OPTIONS.items(), ("grpc.use_local_subchannel_pool", 1)])
     grpc.channel_ready_future(channel).result(30)
     return channel
 
 
 def until(condition: Callable[[], Any]) -> Any:
-    """Ask again until there is an answer."""
+    """Poll until the condition is true; return its value."""
     deadline = monotonic() + 60
     while monotonic() < deadline:
         if found := condition():
@@ -45,12 +47,12 @@ def until(condition: Callable[[], Any]) -> Any:
 
 
 def children(service: Service) -> list[psutil.Process]:
-    """The workers that run."""
+    """The running workers."""
     return [child for child in psutil.Process(service.process.pid).children() if runs(child)]
 
 
 def runs(process: psutil.Process) -> bool:
-    """Whether a process has not ended."""
+    """Whether a process is running."""
     try:
         return bool(process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
@@ -63,13 +65,13 @@ def connected(service: Service) -> list[psutil.Process]:
 
 
 def healthy(service: Service) -> bool:
-    """What health says of the workers on a fresh channel."""
+    """Whether health reports SERVING for `workers`, on a new channel."""
     with connect(service) as channel:
         return bool(health_pb2_grpc.HealthStub(channel).Check(WORKERS, timeout=30).status == SERVING)
 
 
 def right(response: Any, card: Card) -> bool:
-    """Whether a response to `build_request` has the answers of the card."""
+    """Whether a response to `build_request` has the outputs in the card."""
     answers: Rows = np.frombuffer(response.raw_output_contents[0], card.output.dtype).reshape(-1, *card.output.shape)
     expected = np.resize(np.array([example.output for example in card.examples]), answers.shape)
     return np.allclose(answers, expected, rtol=0, atol=1e-5)
@@ -84,18 +86,18 @@ def pair(workspace: Path) -> Iterator[Service]:
 
 @pytest.fixture
 def card(workspace: Path) -> Card:
-    """The model that takes longest."""
+    """The slowest model."""
     return read_card(workspace / "models" / "mnist")
 
 
 @pytest.fixture
 def request_(card: Card) -> ModelInferRequest:
-    """A request that takes a worker some time, and is larger than what gRPC keeps to try again by default."""
+    """A request that takes a worker some time, and is larger than what gRPC buffers for retries by default."""
     return build_request(card, 512)
 
 
 def test_two_processes_answer(pair: Service, card: Card, request_: ModelInferRequest) -> None:
-    """There are two processes, and a call gets the right answers whichever of them it comes to."""
+    """There are two processes, and either gives the right answers."""
     channels: list[grpc.Channel] = []
     until(lambda: channels.append(connect(pair)) or len(connected(pair)) == 2)  # type: ignore[func-returns-value]
     assert len(children(pair)) == 2
@@ -105,7 +107,7 @@ def test_two_processes_answer(pair: Service, card: Card, request_: ModelInferReq
 
 
 def test_dead_worker_is_reported_and_replaced(workspace: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """The other worker's health turns NOT_SERVING and SERVING again, the log says what happened, and there is a new process."""
+    """The other worker's health turns NOT_SERVING and SERVING again, the log has the reason, and there is a new process."""
     with serving(workspace / "models", "--workers", "2") as service, connect(service) as channel:
         watch = health_pb2_grpc.HealthStub(channel).Watch(WORKERS, timeout=60)
         assert SERVING in (answer.status for answer in watch)
@@ -119,8 +121,8 @@ def test_dead_worker_is_reported_and_replaced(workspace: Path, capfd: pytest.Cap
     assert f"(process {victim.pid}) ended with -9; the next one starts in" in capfd.readouterr().err
 
 
-def test_dying_worker_loses_nothing_that_is_tried_again(pair: Service, card: Card, request_: ModelInferRequest) -> None:
-    """What was in flight to a killed worker is answered, rightly, by another one, thanks to gRPC's retry policy."""
+def test_calls_to_a_dying_worker_are_retried(pair: Service, card: Card, request_: ModelInferRequest) -> None:
+    """Calls in flight to a killed worker are answered by another one, through gRPC's retry policy."""
     with connect(pair) as channel:
         [victim] = connected(pair)
         calls = [GRPCInferenceServiceStub(channel).ModelInfer.future(request_, timeout=60) for _ in range(32)]
@@ -133,7 +135,7 @@ def test_dying_worker_loses_nothing_that_is_tried_again(pair: Service, card: Car
 
 
 def test_sigterm_loses_nothing(workspace: Path, card: Card, request_: ModelInferRequest) -> None:
-    """What both workers have in flight when SIGTERM comes is answered, and the exit code is 0."""
+    """The calls that both workers have in flight at SIGTERM are answered, and the exit code is 0."""
     channels: list[grpc.Channel] = []
     with serving(workspace / "models", "--workers", "2") as service:
         until(lambda: channels.append(connect(service)) or len(connected(service)) == 2)  # type: ignore[func-returns-value]
@@ -155,7 +157,7 @@ def test_sigterm_loses_nothing(workspace: Path, card: Card, request_: ModelInfer
 
 
 def test_orphans_end(workspace: Path) -> None:
-    """Workers whose parent was killed end by themselves."""
+    """Workers whose parent was killed shut down."""
     command = [str(BIN / "tercet"), "serve", "--port", "0", "--models", str(workspace / "models"), "--workers", "2"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
@@ -167,7 +169,7 @@ def test_orphans_end(workspace: Path) -> None:
 
 
 def test_sigterm_while_workers_start(workspace: Path) -> None:
-    """A SIGTERM that comes while dead workers are being replaced ends everything, with exit code 0, whenever it comes."""
+    """A SIGTERM at any time while dead workers are being replaced ends all processes, with exit code 0."""
     for _ in range(3):
         with serving(workspace / "models", "--workers", "2") as service:
             for worker in (workers := children(service)):
@@ -183,24 +185,24 @@ def test_port_in_use(workspace: Path, *, shared: bool) -> None:
         port = taken.getsockname()[1]
         flags = ("--workers", "2", "--models", str(workspace / "models"), "--port", str(port))
         done = run(str(BIN / "tercet"), "serve", *flags, cwd=workspace, check=False)
-    said = f"tercet: cannot listen on 127.0.0.1:{port}: address already in use; choose another with --port, or 0 for a free one"
-    assert (done.returncode, done.stdout.splitlines()) == (1, [said])
+    message = f"tercet: cannot listen on 127.0.0.1:{port}: address already in use; choose another with --port, or 0 for a free one"
+    assert (done.returncode, done.stdout.splitlines()) == (1, [message])
 
 
 def test_damaged_model(workspace: Path, tmp_path: Path) -> None:
-    """A damaged model is refused in one sentence that names the file, however many workers find it."""
+    """A damaged model is refused in one sentence that names the file, not in one per worker."""
     shutil.copytree(workspace / "models" / "fizzbuzz", tmp_path / "fizzbuzz")
     os.truncate(tmp_path / "fizzbuzz" / "model.onnx", 9)
     flags = ("--workers", "2", "--models", str(tmp_path), "--port", "0")
     done = run(str(BIN / "tercet"), "serve", *flags, cwd=tmp_path, check=False)
-    [said] = done.stdout.splitlines()
+    [message] = done.stdout.splitlines()
     assert done.returncode == 1
-    assert said.startswith(f"tercet: {tmp_path}/fizzbuzz/model.onnx is not the file that its card.json describes")
+    assert message.startswith(f"tercet: {tmp_path}/fizzbuzz/model.onnx is not the file that its card.json describes")
 
 
-def test_folder_of_the_start_does_not_matter(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Workers do not import what happens to lie in the folder in which the service is started."""
-    (tmp_path / "service.py").write_text("raise SystemExit('imported')")
+def test_working_directory_is_not_imported(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers do not import modules from the working directory."""
+    (tmp_path / "tercet.py").write_text("raise SystemExit('imported')")
     monkeypatch.chdir(tmp_path)
     with serving(workspace / "models", "--workers", "2") as service:
         assert len(children(service)) == 2

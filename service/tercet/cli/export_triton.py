@@ -1,64 +1,83 @@
-"""Trained folders as a model repository of NVIDIA Triton Inference Server, for those who move there.
+"""`tercet export-triton`.
 
 DIR/<name>/config.pbtxt          tensors, batching
-DIR/<name>/labels.txt            one label a line, for Triton's classification extension
-DIR/<name>/<version>/model.onnx  the bytes that the card describes
-DIR/<name>/<version>/model.py    with the backend `python` only
+DIR/<name>/labels.txt            one label per line, for Triton's classification extension
+DIR/<name>/<version>/model.onnx  the file that the card describes
+DIR/<name>/<version>/model.py    only with --backend python
 """
 
 import json
 import shutil
 from pathlib import Path
 
-from tercet.card import Card, Tensor, read_card, verify
+import click
+
+from tercet.card import Card, Tensor, find_models, is_trained, read_card, verify_file
+from tercet.cli.options import models_option
 from tercet.errors import StartupError
 from tercet.server.config import Config
-from tercet.server.repository import find, is_trained
 
-BACKENDS = ("onnxruntime", "python")
+
+@click.command()
+@click.argument("target", metavar="DIR", type=Path)
+@click.option("--backend", type=click.Choice(["onnxruntime", "python"]), default="onnxruntime", show_default=True)
+@models_option
+def export_triton(target: Path, backend: str, folder: Path) -> None:
+    """Write a model repository for NVIDIA Triton.
+
+    The trained models go into DIR, which must be new or empty. With --backend python Triton runs them in its own Python, with
+    onnxruntime from there, for installations without the onnxruntime backend.
+
+    \b
+    Examples:
+      tercet export-triton triton
+      tercet export-triton triton --backend python
+    """  # noqa: D301
+    names = export(folder, target, backend=backend)
+    click.echo(f"{target}: {', '.join(names)}; try: tritonserver --model-repository={target}")
 
 
 def export(models: Path, target: Path, *, backend: str = "onnxruntime", config: Config | None = None) -> list[str]:
     """Write every trained model of a folder into a new or empty one; return their names.
 
-    `backend` is one of BACKENDS; batches and threads are those of `config`. Raises StartupError when a file is damaged, a version
-    is not one that Triton knows, nothing is trained, or there is something in `target`.
+    Batching and threads are those of `config`. Raises StartupError when a file is damaged, a version is not a positive integer,
+    nothing is trained, or `target` is not empty.
     """
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise StartupError(f"{target} is not empty: name a new folder")
-    cards = {name: read_card(models / name) for name in find(models) if is_trained(models / name)}
+    cards = {name: read_card(models / name) for name in find_models(models) if is_trained(models / name)}
     if not cards:
         raise StartupError(f"no trained model in {models}: run `dvc repro`, or name another folder with --models")
     for name, card in cards.items():
         if not card.version.isdecimal() or int(card.version) < 1:
-            raise StartupError(f"{name}: version {card.version!r} is none for Triton, whose versions are 1, 2, 3 ...")
-        content = verify(models / name, card, "model.onnx")
+            raise StartupError(f"{name}: expected a version of 1, 2, 3 ... for Triton, got {card.version!r}")
+        content = verify_file(models / name, card, "model.onnx")
         (files := target / name / card.version).mkdir(parents=True)
         (files / "model.onnx").write_bytes(content)
         if backend == "python":
             shutil.copyfile(Path(__file__).with_name("triton_model.py"), files / "model.py")
-        (target / name / "config.pbtxt").write_text(describe(card, backend, config or Config()))
+        (target / name / "config.pbtxt").write_text(model_config(card, backend, config or Config()))
         if card.labels:
             (target / name / "labels.txt").write_text("".join(f"{label}\n" for label in card.labels))
     return list(cards)
 
 
-def describe(card: Card, backend: str, config: Config) -> str:
-    """A model's config.pbtxt."""
+def model_config(card: Card, backend: str, config: Config) -> str:
+    """The config.pbtxt of a model."""
     labels = ' label_filename: "labels.txt"' if card.labels else ""
     return (
         f"name: {json.dumps(card.name)}\n"
         f'backend: "{backend}"\n'
         f"max_batch_size: {config.max_request_rows}\n"
-        f"input [ {{ {tensor(card.input)} }} ]\n"
-        f"output [ {{ {tensor(card.output)}{labels} }} ]\n"
+        f"input [ {{ {tensor_config(card.input)} }} ]\n"
+        f"output [ {{ {tensor_config(card.output)}{labels} }} ]\n"
         f"dynamic_batching {{ max_queue_delay_microseconds: {round(config.max_delay * 1e6)} }}\n"
         f'parameters {{ key: "intra_op_thread_count" value: {{ string_value: "{config.threads}" }} }}\n'
     )
 
 
-def tensor(described: Tensor) -> str:
-    """A tensor. Triton knows no rows without axes: a row of a single number gets one there, which the graph does not see."""
-    reshape = "" if described.shape else " reshape: { shape: [ ] }"
-    dims = list(described.shape) or [1]
-    return f"name: {json.dumps(described.name)} data_type: TYPE_{described.datatype} dims: {dims}{reshape}"
+def tensor_config(tensor: Tensor) -> str:
+    """A tensor; a row of a single number gets an axis, which Triton requires and the graph does not see."""
+    reshape = "" if tensor.shape else " reshape: { shape: [ ] }"
+    dims = list(tensor.shape) or [1]
+    return f"name: {json.dumps(tensor.name)} data_type: TYPE_{tensor.datatype} dims: {dims}{reshape}"

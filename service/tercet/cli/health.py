@@ -1,32 +1,44 @@
-"""Health probe for containers and init systems: `python -m tercet.cli.health HOST:PORT [NAME]` exits with 0 when SERVING.
+"""`tercet health`, or `python -m tercet.cli.health` where the command is not on the PATH."""
 
-NAME is a model, or `workers`; without one the whole service is meant. TLS is as for `tercet predict`: TERCET_TLS_CA,
-TERCET_CLIENT_CERTIFICATE and TERCET_CLIENT_KEY name files.
-"""
-
-import os
 import sys
-from pathlib import Path
+from functools import partial
+from typing import TYPE_CHECKING
 
-import grpc
+import click
 
-from tercet.client import Client
+from tercet.cli.options import DEFAULT_SERVER, client_options, require
 
-TIMEOUT = 4.0  # seconds
-FILES = ("TERCET_TLS_CA", "TERCET_CLIENT_CERTIFICATE", "TERCET_CLIENT_KEY")
+if TYPE_CHECKING:
+    from tercet.client import Client
 
 
-def main(address: str, name: str = "") -> int:
-    """Ask once, say what the answer is; 0 for SERVING, else 1."""
-    ca, certificate, key = (Path(file) if (file := os.environ.get(variable)) else None for variable in FILES)
+@click.command()
+@partial(
+    client_options,
+    server=click.argument("server", metavar="[HOST:PORT]", default=DEFAULT_SERVER, envvar="TERCET_SERVER"),
+    timeout=4.0,
+)
+@click.argument("name", default="")
+def health(client: "Client", name: str) -> None:
+    """Health probe for containers and init systems.
+
+    Prints the status of the service at HOST:PORT, or only of NAME: a model, or `workers`. Exits with 0 when it is SERVING, else 1.
+
+    \b
+    Examples:
+      tercet health
+      tercet health 127.0.0.1:8001 mnist
+    """  # noqa: D301
+    import grpc  # noqa: PLC0415  --help does without
+
     try:
-        with Client(address, tls_ca=ca, tls_certificate=certificate, tls_key=key, timeout=TIMEOUT) as client:
+        with require("serve"):
             status = client.health(name)
     except grpc.RpcError as error:
         status = f"{error.code().name}: {error.details()}"
-    print(status)
-    return int(status != "SERVING")
+    click.echo(status)
+    sys.exit(int(status != "SERVING"))
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    health()

@@ -1,28 +1,26 @@
-"""What the commands of `tercet` share: options, completion, and how they end.
+"""What the commands share: their options, and errors as one-line messages with an exit code."""
 
-Errors are one sentence with a hint on stderr; the exit code says what kind, for scripts: see EXIT, and docs/cli.md.
-"""
-
-import dataclasses
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import click
-import grpc
 from click.shell_completion import CompletionItem
 
-from tercet.client import Client
-from tercet.errors import StartupError
-from tercet.server.config import Config
-
 DEFAULT_SERVER = "127.0.0.1:8001"
+EXIT_RETRY, EXIT_AUTH, EXIT_INTERRUPTED, EXIT_PIPE_CLOSED = 3, 4, 130, 141  # the last two as a shell reports SIGINT and SIGPIPE
+EXIT_CODES = {  # by gRPC status; 1 for all others
+    **dict.fromkeys(("UNAVAILABLE", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED", "CANCELLED"), EXIT_RETRY),
+    **dict.fromkeys(("UNAUTHENTICATED", "PERMISSION_DENIED"), EXIT_AUTH),
+}
+Option = Callable[[Callable[..., None]], Callable[..., None]]
 COUNT = click.IntRange(min=1)
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
-FOLDER = click.option(
+models_option = click.option(
     "--models",
     "folder",
     type=click.Path(file_okay=False, path_type=Path),
@@ -32,131 +30,114 @@ FOLDER = click.option(
     show_envvar=True,
     help="Folder of trained models.",
 )
-
-NOT_NOW, NOT_YOU = 3, 4
-EXIT = {  # what the service says -> exit code; 1 for all else
-    grpc.StatusCode.UNAVAILABLE: NOT_NOW,
-    grpc.StatusCode.RESOURCE_EXHAUSTED: NOT_NOW,
-    grpc.StatusCode.DEADLINE_EXCEEDED: NOT_NOW,
-    grpc.StatusCode.CANCELLED: NOT_NOW,  # by a service that ends
-    grpc.StatusCode.UNAUTHENTICATED: NOT_YOU,
-    grpc.StatusCode.PERMISSION_DENIED: NOT_YOU,
-}
-INTERRUPTED, PIPE_CLOSED = 130, 141  # as a shell counts SIGINT and SIGPIPE
+server_option = click.option(
+    "--server", default=DEFAULT_SERVER, envvar="TERCET_SERVER", show_default=True, show_envvar=True, metavar="HOST:PORT"
+)
 
 
-class Refusal(click.ClickException):
-    """One sentence on stderr."""
+class CliError(click.ClickException):
+    """An error that is shown as one line on stderr."""
 
-    def __init__(self, text: str, code: int = 1) -> None:
-        super().__init__(text)
-        self.exit_code = code  # type: ignore[misc]  # click's is the class's; a status has its own here
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code  # type: ignore[misc]  # a class variable in click
 
     def show(self, file: Any = None) -> None:
-        """Print the sentence."""
         click.echo(f"tercet: {self.format_message()}", file=file, err=True)
 
 
 @contextmanager
-def sentences() -> Iterator[None]:
-    """Turn what ends a command into a sentence and an exit code."""
+def errors_as_messages() -> Iterator[None]:
+    """Turn whatever ends a command into a message and an exit code."""
     try:
         yield
     except click.exceptions.NoArgsIsHelpError:
         raise
     except click.UsageError as error:
-        command = error.ctx.command_path if error.ctx else "tercet"
-        said = error.format_message()
-        raise Refusal(f"{said}{'' if said.endswith(('.', ')', '?')) else '.'} Try `{command} --help`.", 2) from None
+        message, command = error.format_message(), error.ctx.command_path if error.ctx else "tercet"
+        raise CliError(f"{message}{'' if message.endswith(('.', ')', '?')) else '.'} Try `{command} --help`.", 2) from None
+    except (click.ClickException, click.exceptions.Exit):
+        raise
     except KeyboardInterrupt:
-        raise click.exceptions.Exit(INTERRUPTED) from None
+        raise click.exceptions.Exit(EXIT_INTERRUPTED) from None
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to be flushed at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that flushing at exit does not fail again
         if isinstance(error, BrokenPipeError):
-            raise click.exceptions.Exit(PIPE_CLOSED) from None
-        raise Refusal(": ".join(filter(None, (error.filename, error.strerror))) or str(error)) from None
+            raise click.exceptions.Exit(EXIT_PIPE_CLOSED) from None
+        raise CliError(": ".join(filter(None, (error.filename, error.strerror))) or str(error)) from None
+    except Exception as error:
+        from tercet.errors import StartupError  # noqa: PLC0415  imports grpc
+
+        if isinstance(error, StartupError):
+            raise CliError(str(error)) from None
+        raise
 
 
-class Tercet(click.Group):
-    """A group of commands that end in sentences."""
-
-    def make_context(self, *arguments: Any, **extra: Any) -> click.Context:
-        """Read the options before the command."""
-        with sentences():
-            return super().make_context(*arguments, **extra)
-
-    def invoke(self, context: click.Context) -> Any:
-        """Run the command."""
-        with sentences():
-            return super().invoke(context)
+@contextmanager
+def require(extra: str) -> Iterator[None]:
+    """Turn a failed import into advice on which extra to install."""
+    try:
+        yield
+    except ImportError as error:
+        command = click.get_current_context().command_path
+        raise CliError(f"`{command}` needs more packages: pip install '.[{extra}]' ({error})") from None
 
 
-def settings(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command one option for each field of Config."""
-    for field in reversed(dataclasses.fields(Config)):
-        kind = next((part for part in get_args(field.type) if part is not type(None)), field.type)
-        flag, variable = f"--{field.name.replace('_', '-')}", f"TERCET_{field.name.upper()}"
-        add = click.option(
-            flag,
-            type=kind,
-            is_flag=kind is bool,
-            default=field.default,
-            envvar=variable,
-            show_default=True,
-            show_envvar=True,
-            help=field.metadata["help"],
-        )
-        command = add(command)
-    return command
+def unknown_model(name: str, names: Sequence[str]) -> CliError:
+    from difflib import get_close_matches  # noqa: PLC0415  only for this error
+
+    close = get_close_matches(name, names, 1)
+    hint = f"Did you mean {close[0]!r}?" if close else f"Expected one of: {', '.join(names) or 'none is there'}."
+    return CliError(f"No model {name!r}. {hint}")
 
 
-def calls(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options of a client, hand it a Client, and turn a failed call into a sentence."""
+def client_options(command: Callable[..., None], *, server: Option = server_option, timeout: float = 30.0) -> Callable[..., None]:
+    """Give a command the options of a client, pass it the client, and turn a failed call into a message."""
 
-    @click.option("--server", default=DEFAULT_SERVER, envvar="TERCET_SERVER", show_default=True, show_envvar=True, help="host:port")
-    @click.option("--token", envvar="TERCET_TOKEN", show_envvar=True, help="Bearer token, when the service wants one.")
-    @click.option("--tls-ca", type=FILE, envvar="TERCET_TLS_CA", show_envvar=True, help="PEM: whom to trust; calls with TLS.")
-    @click.option("--tls-certificate", type=FILE, envvar="TERCET_CLIENT_CERTIFICATE", show_envvar=True, help="PEM, for mTLS.")
-    @click.option("--tls-key", type=FILE, envvar="TERCET_CLIENT_KEY", show_envvar=True, help="PEM, for mTLS.")
-    def calling(
-        server: str, token: str | None, tls_ca: Path | None, tls_certificate: Path | None, tls_key: Path | None, **options: Any
+    @server
+    @click.option("--token", envvar="TERCET_TOKEN", show_envvar=True, help="Bearer token, if the service requires one.")
+    @click.option("--tls-ca", type=FILE, envvar="TERCET_TLS_CA", show_envvar=True, help="PEM file of trusted CAs; enables TLS.")
+    @click.option("--tls-certificate", type=FILE, envvar="TERCET_CLIENT_CERTIFICATE", show_envvar=True, help="PEM file, for mTLS.")
+    @click.option("--tls-key", type=FILE, envvar="TERCET_CLIENT_KEY", show_envvar=True, help="PEM file, for mTLS.")
+    @wraps(command)
+    def run(
+        *, server: str, token: str | None, tls_ca: Path | None, tls_certificate: Path | None, tls_key: Path | None, **rest: Any
     ) -> None:
+        from grpc import RpcError  # noqa: PLC0415  takes long to import, and --help does without
+
+        from tercet.client import Client  # noqa: PLC0415
+
+        if ":" not in server:
+            raise click.BadParameter(f"expected HOST:PORT, got {server!r}", param_hint="--server")
         try:
-            opened = Client(server, token=token, tls_ca=tls_ca, tls_certificate=tls_certificate, tls_key=tls_key)
+            client = Client(server, token=token, tls_ca=tls_ca, tls_certificate=tls_certificate, tls_key=tls_key, timeout=timeout)
         except ValueError as error:
-            raise Refusal(f"{error}: --tls-ca, --tls-certificate, --tls-key") from None
+            raise click.UsageError(f"{error}: --tls-ca, --tls-certificate, --tls-key") from None
         try:
-            with opened as client:
-                command(client=client, **options)
-        except grpc.RpcError as error:
-            raise Refusal(reason(server, error), EXIT.get(error.code(), 1)) from None
+            with client:
+                command(client=client, **rest)
+        except RpcError as error:
+            raise CliError(explain(server, error), EXIT_CODES.get(error.code().name, 1)) from None
 
-    calling.__doc__ = command.__doc__
-    calling.__name__ = command.__name__
-    calling.__click_params__ = [*getattr(command, "__click_params__", []), *calling.__click_params__]  # type: ignore[attr-defined]
-    return calling
+    return run
 
 
-def reason(server: str, error: grpc.RpcError) -> str:
-    """Why a call failed, and what to do."""
+def explain(server: str, error: Any) -> str:
+    """Why a call failed, and what to do about it."""
     details = error.details() or ""
     if "Connection refused" in details:
-        return f"nothing listens at {server}; start a service with `tercet serve`, or name another with --server"
+        return f"nothing listens at {server}; start a service with `tercet serve`, or name another one with --server"
     if any(text in details for text in ("failed to connect", "DNS resolution failed", "errors resolving")):
-        return f"{server} cannot be reached: {details}; check --server and --tls-ca"
-    return f"the service at {server} says {error.code().name}: {details}"
+        return f"cannot reach {server}: {details}; check --server and --tls-ca"
+    return f"the service at {server} returned {error.code().name}: {details}"
 
 
 def complete_models(context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:
-    """Names of models that begin so, in the folder of this command or of TERCET_MODELS."""
-    with suppress(ImportError, StartupError):
-        from tercet.server.repository import find  # noqa: PLC0415  only here
-
-        folder = context.params.get("folder") or os.environ.get("TERCET_MODELS", "models")
-        return [name for name in find(Path(folder)) if name.startswith(incomplete)]
-    return []
+    """Trained models in the folder of this command or of TERCET_MODELS."""
+    folder = Path(context.params.get("folder") or os.environ.get("TERCET_MODELS", "models"))
+    return sorted(path.parent.name for path in folder.glob(f"{incomplete}*/card.json"))
 
 
 def complete_values(context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Files, where pictures are asked for."""
+    """Files for a model that takes pictures."""
     return [CompletionItem(incomplete, type="file")] if context.params.get("model") == "mnist" else []

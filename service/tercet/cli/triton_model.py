@@ -1,6 +1,6 @@
-# Runs in Triton's python backend, whose packages are not here; `tercet export-triton --backend python` writes a copy of it.
+# Runs in Triton's python backend, whose packages are not installed here; `tercet export-triton --backend python` copies it.
 # mypy: ignore-errors
-"""The model.py of Triton's python backend: the requests of a batch concatenated, run once by onnxruntime, split again."""
+"""The model.py of Triton's python backend: concatenates the requests of a batch, runs onnxruntime once, splits the output."""
 
 import json
 import os
@@ -10,15 +10,13 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb
 
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # it is on by default, from 1.29 on
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # on by default from 1.29; read at import
 import onnxruntime as ort
 
 
 class TritonPythonModel:
-    """One tensor in, one tensor out."""
-
     def initialize(self, args: dict[str, str]) -> None:
-        """Load the model.onnx that lies beside this file."""
+        """Load the model.onnx next to this file."""
         config = json.loads(args["model_config"])
         self._input, self._output = config["input"][0]["name"], config["output"][0]["name"]
         options = ort.SessionOptions()
@@ -29,7 +27,6 @@ class TritonPythonModel:
         self._session = ort.InferenceSession(Path(__file__).with_name("model.onnx"), options, providers=providers)
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """A response for each request, in their order."""
         inputs = [pb.get_input_tensor_by_name(request, self._input).as_numpy() for request in requests]
         batch = np.concatenate(inputs) if len(inputs) > 1 else inputs[0]
         y = self._session.run([self._output], {self._input: batch})[0]  # (rows of all, *output shape)

@@ -1,10 +1,9 @@
-"""Clients of the service: `Client`, and `AsyncClient` for asyncio. What is sent and what comes back is in messages.py."""
+"""The client of the service; its twin for asyncio is in aio.py, and the conversion of rows to messages and back in codecs.py."""
 
-import asyncio
 import json
 import threading
 from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -12,77 +11,59 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 import grpc
-import grpc.aio
-import numpy as np
 
-from tercet.client.codecs import (
-    CALLS,
-    MEASUREMENTS,
-    Answer,
-    Assessment,
-    Digit,
-    Digits,
-    Face,
-    Numbers,
-    Part,
-    Patients,
-    Row,
-    Tensors,
-    Word,
-    each,
-    located,
-    split,
-    split_async,
-    window,
-)
+from tercet.client import codecs
+from tercet.client.codecs import MEASUREMENTS, Assessment, Chunk, Codec, Digit, Prediction, Row, Word
 from tercet.proto.fizzbuzz_pb2 import CountRequest
 from tercet.proto.fizzbuzz_pb2_grpc import FizzBuzzStub
-from tercet.proto.inference_pb2 import ModelConfig, ModelConfigRequest
+from tercet.proto.inference_pb2 import ModelConfig, ModelConfigRequest, RepositoryIndexRequest
 from tercet.proto.inference_pb2_grpc import GRPCInferenceServiceStub
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from tercet.client.codecs import Picture
 
-__all__ = ["BALANCED", "MEASUREMENTS", "OPTIONS", "SERVICE_CONFIG", "Assessment", "AsyncClient", "Client", "Digit", "Word"]
+__all__ = ["BALANCED", "MEASUREMENTS", "OPTIONS", "SERVICE_CONFIG", "Assessment", "Client", "Digit", "Word"]
 
 AHEAD = 1024  # rows
-_CALLS = {
+_RETRIES = {
     "methodConfig": [
         {
-            "name": [{}],  # every method: to repeat one does no harm
+            "name": [{}],  # every method: all are safe to repeat
             "retryPolicy": {
                 "maxAttempts": 5,
                 "initialBackoff": "0.1s",
                 "maxBackoff": "2s",
                 "backoffMultiplier": 2,
-                "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],  # the latter is gRPC's answer as a server ends
+                "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],  # the latter is what gRPC returns while a server stops
             },
         }
     ]
 }
-SERVICE_CONFIG = json.dumps(_CALLS)  # gRPC's standard retry policy, for any client: the channel option `grpc.service_config`
+SERVICE_CONFIG = json.dumps(_RETRIES)  # the channel option `grpc.service_config`, for any gRPC client
 OPTIONS = {
     "grpc.service_config": SERVICE_CONFIG,
-    "grpc.per_rpc_retry_buffer_size": 2**26,  # bytes; a call that has sent more is not tried again, and the default is 256 KiB
+    "grpc.per_rpc_retry_buffer_size": 2**26,  # bytes; a call that has sent more is not retried (gRPC default: 256 KiB)
     "grpc.max_receive_message_length": -1,
-    "grpc.keepalive_time_ms": 10_000,  # a peer that vanished is noticed while a call waits for it; never in gRPC
-    "grpc.keepalive_timeout_ms": 5_000,  # Linux also gives up what it has sent and nobody acknowledged for so long
-    "grpc.http2.max_pings_without_data": 0,  # no limit; with gRPC's, the third would come a minute later
-    "grpc.http2.ping_timeout_ms": 15_000,  # of a ping that measures the network: none for keepalive is sent before it is over
+    "grpc.keepalive_time_ms": 10_000,  # detect a vanished peer while a call is waiting (gRPC default: never)
+    "grpc.keepalive_timeout_ms": 5_000,  # on Linux this also limits how long sent data may stay unacknowledged
+    "grpc.http2.max_pings_without_data": 0,  # no limit (gRPC default: the third ping would come a minute later)
+    "grpc.http2.ping_timeout_ms": 15_000,  # of bandwidth probes, which hold back keepalive pings until they end
 }
-BALANCED = {  # for an address of several hosts
+BALANCED = {  # for an address that names several hosts
     **OPTIONS,
     "grpc.service_config": json.dumps(
-        {**_CALLS, "loadBalancingConfig": [{"round_robin": {}}], "healthCheckConfig": {"serviceName": ""}}
+        {**_RETRIES, "loadBalancingConfig": [{"round_robin": {}}], "healthCheckConfig": {"serviceName": ""}}
     ),
-    "grpc.max_reconnect_backoff_ms": 10_000,  # a host that is back is found so soon; 2 min in gRPC
+    "grpc.max_reconnect_backoff_ms": 10_000,  # to find a host again soon after it returns (gRPC default: 2 min)
 }
 
 
-class _Connected:
-    """A channel, and what a client has learnt over it."""
+class BaseClient:
+    """What both clients share: the channel, the options of each call, and the models' configurations."""
 
-    _grpc: Any  # opens channels
+    _grpc: Any  # the module that opens channels
     _lock: Any
 
     def __init__(
@@ -96,49 +77,51 @@ class _Connected:
         timeout: float = 30.0,
         balanced: bool = False,
     ) -> None:
-        """`token` is sent with each call when the service wants one; `timeout` is the deadline of each call, in seconds.
+        """Connect lazily to `address`, host:port. `token` is sent with each call; `timeout` is the deadline of a call in seconds.
 
-        `balanced` spreads calls over all services that the address names, `ipv4:10.0.0.1:8001,10.0.0.2:8001` or `dns:tercet:8001`,
-        but for those whose health is not SERVING. Leave it off for one service and behind a balancer, where one that ends would
-        speak for all. Over TLS give a name: no certificate is for a list.
+        `tls_ca`, a PEM file of trusted CAs, enables TLS; `tls_certificate` and `tls_key` add a client certificate (mTLS).
 
-        With `tls_ca`, a PEM file of the authorities to trust, calls go over TLS; with `tls_certificate` and `tls_key`, mTLS.
-        Raises OSError when one of the files cannot be read, ValueError when one is missing: nothing goes in plain text by mistake.
+        `balanced` spreads calls over all hosts of an address such as `ipv4:10.0.0.1:8001,10.0.0.2:8001` or `dns:tercet:8001` whose
+        health is SERVING. Leave it off for a single service or behind a load balancer, where one host that stops would speak for
+        all. With TLS use a DNS name, since no certificate matches a list of addresses.
+
+        Raises OSError for a file that cannot be read, and ValueError for an incomplete set of TLS files.
         """
         if (tls_certificate is None) != (tls_key is None) or (tls_key and not tls_ca):
-            raise ValueError("a certificate and its key go together, and need the authorities to trust")
+            raise ValueError("a client certificate and its key go together, and need the CAs to trust")
         options = list((BALANCED if balanced else OPTIONS).items())
         if tls_ca:
             files = [path.read_bytes() if path else None for path in (tls_ca, tls_key, tls_certificate)]
             self._channel = self._grpc.secure_channel(address, grpc.ssl_channel_credentials(*files), options)
         else:
             self._channel = self._grpc.insecure_channel(address, options)
-        self._call: dict[str, Any] = {"timeout": timeout, "metadata": [("authorization", f"Bearer {token}")] if token else None}
+        self._options: dict[str, Any] = {
+            "timeout": timeout,
+            "metadata": [("authorization", f"Bearer {token}")] if token else None,
+        }
         self._configs: dict[str, ModelConfig] = {}  # by model
-        self._asking = self._lock()  # for one of them: once is enough
+        self._config_lock = self._lock()  # several first calls request a configuration once
 
     @contextmanager
-    def _part(self, face: Face[Any, Any], part: Part) -> Iterator[None]:
-        """Where a part's answers are waited for: an error is told as of the whole."""
+    def _errors_of(self, codec: Codec[Any, Any], chunk: Chunk) -> Iterator[None]:
+        """Rewrite the error of a chunk's call to refer to the whole batch."""
         try:
             yield
         except grpc.RpcError as error:
-            self._configs.pop(face.model, None)  # another one may have come
-            raise located(error, face, part) from None
+            self._configs.pop(codec.model, None)  # the service may have restarted with other limits
+            raise codecs.with_batch_indices(error, codec, chunk) from None
 
 
-class Client(_Connected):
-    """Calls a service at `address`, host:port. Use it as a context manager; threads may share it.
+class Client(BaseClient):
+    """A client of the service. Use it as a context manager; threads may share it.
 
-    Values that cannot be sent raise ValueError or TypeError before any row is sent; a call that fails raises grpc.RpcError, with
-    code() and details(). A call that a dying worker or a service that shuts down does not answer is tried again until its deadline:
-    see SERVICE_CONFIG. A batch of more rows than the service takes at a time goes in parts, each a call with its own deadline.
+    Rows that cannot be sent raise ValueError or TypeError; a call that fails raises grpc.RpcError, with code() and details().
+    Calls that a stopping service leaves unanswered are retried until their deadline: see SERVICE_CONFIG. A batch with more rows
+    than the service accepts per request is sent in chunks, each a call with its own deadline.
 
-    The methods `..._each` are for input without an end: they read rows from an iterator, ask for some at a time, and yield the
-    answers in order, until a call fails. They read at most `ahead` rows beyond those whose answers have been taken, so a slow
-    consumer holds the producer back; where rows come slowly, a small `ahead` brings answers sooner: with 1 each row is answered
-    before the next is read. These are unary calls too and no stream of gRPC, which would not be tried again, has one deadline for
-    all, and reads on in a thread for as long as buffers of unknown size take more.
+    The `*_each` methods are for input of any length: they read rows from an iterator and yield predictions in order. They read at
+    most `ahead` rows past the last prediction you consumed (back-pressure); with `ahead=1` each row is answered before the next is
+    read. They make unary calls: a gRPC stream could not be retried, has one deadline for everything, and reads ahead without limit.
     """
 
     _grpc, _lock = grpc, threading.Lock
@@ -150,198 +133,97 @@ class Client(_Connected):
         self._channel.close()
 
     def health(self, name: str = "") -> str:
-        """SERVING, NOT_SERVING or UNKNOWN: the whole service, or a model."""
-        from grpc_health.v1 import health_pb2, health_pb2_grpc  # noqa: PLC0415  a client alone does without
+        """SERVING, NOT_SERVING or UNKNOWN, of a model or of the whole service."""
+        from grpc_health.v1 import health_pb2, health_pb2_grpc  # noqa: PLC0415  not in a plain client install
 
-        response = health_pb2_grpc.HealthStub(self._channel).Check(health_pb2.HealthCheckRequest(service=name), **self._call)
+        response = health_pb2_grpc.HealthStub(self._channel).Check(health_pb2.HealthCheckRequest(service=name), **self._options)
         return str(health_pb2.HealthCheckResponse.ServingStatus.Name(response.status))
 
-    def classify(self, images: Iterable["Picture"]) -> list[Digit]:
-        """Read digits: paths of PNG or JPEG files, their bytes, PIL images, or arrays, (28, 28) uint8, 0 = paper, 255 = ink.
+    def models(self) -> list[str]:
+        """Names of all models that the service knows, loaded or not."""
+        stub = GRPCInferenceServiceStub(self._channel)
+        return [model.name for model in stub.RepositoryIndex(RepositoryIndexRequest(), **self._options).models]
 
+    def config(self, model: str) -> ModelConfig:
+        """The tensors of a model, its limit of rows per request, and texts of its card; requested once per model."""
+        with self._config_lock:
+            if model not in self._configs:
+                stub = GRPCInferenceServiceStub(self._channel)
+                self._configs[model] = stub.ModelConfig(ModelConfigRequest(name=model), **self._options).config
+            return self._configs[model]
+
+    def classify(self, images: Iterable["Picture"]) -> list[Digit]:
+        """Recognise digits in pictures.
+
+        A picture is a path or the bytes of a PNG or JPEG file, a PIL image, or an array, (28, 28) uint8, 0 = paper, 255 = ink.
         Raises OSError for a path that cannot be read.
         """
-        return list(chain.from_iterable(self._batch(Digits(), images)))
+        return list(chain.from_iterable(self._batch(codecs.DigitsCodec(), images)))
 
     def classify_each(self, images: Iterable["Picture"], *, ahead: int = AHEAD) -> Iterator[Digit]:
-        """Read digits as they come."""
-        return self._stream(Digits(), images, ahead)
+        return self._stream(codecs.DigitsCodec(), images, ahead)
 
     def assess(self, patients: Iterable[Mapping[str, float | None]]) -> list[Assessment]:
-        """Assess patients; each maps names of MEASUREMENTS to values, and leaves out what was not measured, or has None for it."""
-        return list(chain.from_iterable(self._batch(Patients(), patients)))
+        """Estimate the probability of diabetes; a patient maps names of MEASUREMENTS to values, None or absent: not measured."""
+        return list(chain.from_iterable(self._batch(codecs.DiabetesCodec(), patients)))
 
     def assess_each(self, patients: Iterable[Mapping[str, float | None]], *, ahead: int = AHEAD) -> Iterator[Assessment]:
-        """Assess patients as they come."""
-        return self._stream(Patients(), patients, ahead)
+        return self._stream(codecs.DiabetesCodec(), patients, ahead)
 
     def answer(self, numbers: Iterable[int]) -> list[Word]:
-        """What to say for each number: a str whose `model` names the model that says so."""
-        return list(chain.from_iterable(self._batch(Numbers(), numbers)))
+        """The FizzBuzz word of each 64-bit integer."""
+        return list(chain.from_iterable(self._batch(codecs.FizzBuzzCodec(), numbers)))
 
     def answer_each(self, numbers: Iterable[int], *, ahead: int = AHEAD) -> Iterator[Word]:
-        """What to say for numbers as they come."""
-        return self._stream(Numbers(), numbers, ahead)
+        return self._stream(codecs.FizzBuzzCodec(), numbers, ahead)
 
     def count(self, start: int, stop: int, step: int = 1) -> Iterator[tuple[int, Word]]:
-        """Count from start to stop, both included: pairs of number and word, as the service sends them, within one deadline."""
-        call = FizzBuzzStub(self._channel).Count(CountRequest(start=start, stop=stop, step=step), **self._call)
+        """Count from start to stop, both included, in one server stream with one deadline; yields pairs of number and word."""
+        call = FizzBuzzStub(self._channel).Count(CountRequest(start=start, stop=stop, step=step), **self._options)
         try:
             for response in call:
                 yield response.number, Word(response.word, response.model)
         finally:
             call.cancel()
 
-    def infer(self, model: str, rows: Any) -> np.ndarray:
-        """Ask any model over the Open Inference Protocol: (batch, *input shape) -> (batch, *output shape)."""
-        return np.concatenate([np.asarray(part) for part in self._batch(Tensors(self.config(model)), rows)])
+    def infer(self, model: str, rows: Any) -> "np.ndarray":
+        """Run any model over the Open Inference Protocol: (batch, *input shape) -> (batch, *output shape)."""
+        import numpy as np  # noqa: PLC0415  the typed methods start sooner without it
 
-    def infer_each(self, model: str, rows: Iterable[Any], *, ahead: int = AHEAD) -> Iterator[np.ndarray]:
-        """Ask any model for rows as they come: each (*input shape) -> (*output shape)."""
-        yield from self._stream(Tensors(self.config(model)), rows, ahead)
+        return np.concatenate([np.asarray(outputs) for outputs in self._batch(codecs.TensorCodec(self.config(model)), rows)])
 
-    def config(self, model: str) -> ModelConfig:
-        """What the service says of a model: tensors, the most rows of a call, and what its card tells people; asked once."""
-        with self._asking:
-            if model not in self._configs:
-                stub = GRPCInferenceServiceStub(self._channel)
-                self._configs[model] = stub.ModelConfig(ModelConfigRequest(name=model), **self._call).config
-            return self._configs[model]
+    def infer_each(self, model: str, rows: Iterable[Any], *, ahead: int = AHEAD) -> Iterator["np.ndarray"]:
+        """Run any model on rows as they come: each (*input shape) -> (*output shape)."""
+        yield from self._stream(codecs.TensorCodec(self.config(model)), rows, ahead)
 
-    def _batch(self, face: Face[Row, Answer], rows: Iterable[Row]) -> Iterator[Iterable[Answer]]:
-        """The answers to all rows, part by part."""
-        parts = face.split(rows, self.config(face.model).max_batch_size)
-        if len(parts) > 1:
-            return self._ask(face, parts, CALLS)
-        with self._part(face, parts[0]):  # a call that is not shared with another thread takes less time
-            return iter([face.read(face.method(self._channel)(parts[0].request, **self._call))])
+    def _batch(self, codec: Codec[Row, Prediction], rows: Iterable[Row]) -> Iterator[Iterable[Prediction]]:
+        """The predictions for a batch, chunk by chunk."""
+        batch = codec.chunks(rows, self.config(codec.model).max_batch_size)
+        if len(batch) > 1:
+            yield from self._call(codec, batch, codecs.CALLS_IN_FLIGHT)
+        else:  # a blocking call costs less CPU time than a future
+            with self._errors_of(codec, batch[0]):
+                yield codec.decode(codec.method(self._channel)(batch[0].request, **self._options))
 
-    def _stream(self, face: Face[Row, Answer], rows: Iterable[Row], ahead: int) -> Iterator[Answer]:
-        """The answers to rows as they come."""
-        most, calls = window(self.config(face.model).max_batch_size, ahead)
-        yield from chain.from_iterable(self._ask(face, split(face, rows, most), calls))
+    def _stream(self, codec: Codec[Row, Prediction], rows: Iterable[Row], ahead: int) -> Iterator[Prediction]:
+        max_rows, calls = codecs.stream_limits(self.config(codec.model).max_batch_size, ahead)
+        for predictions in self._call(codec, codecs.chunks(codec, rows, max_rows), calls):
+            yield from predictions
 
-    def _ask(self, face: Face[Any, Answer], parts: Iterable[Part], calls: int) -> Iterator[Iterable[Answer]]:
-        """The answers to parts, in order, with at most so many calls in flight."""
-        method, waiting = face.method(self._channel), deque[tuple[Part, Any]]()
+    def _call(self, codec: Codec[Any, Prediction], requests: Iterable[Chunk], calls: int) -> Iterator[Iterable[Prediction]]:
+        """Predictions per chunk, in order, with at most `calls` calls in flight."""
+        method, waiting = codec.method(self._channel), deque[tuple[Chunk, Any]]()
         try:
-            for part in parts:
-                waiting.append((part, method.future(part.request, **self._call)))
+            for chunk in requests:
+                waiting.append((chunk, method.future(chunk.request, **self._options)))
                 if len(waiting) == calls:
-                    yield self._wait(face, *waiting.popleft())
+                    yield self._result(codec, *waiting.popleft())
             while waiting:
-                yield self._wait(face, *waiting.popleft())
+                yield self._result(codec, *waiting.popleft())
         finally:
             for _, call in waiting:
                 call.cancel()
 
-    def _wait(self, face: Face[Any, Answer], part: Part, call: Any) -> Iterable[Answer]:
-        """The answers to a part."""
-        with self._part(face, part):
-            return face.read(call.result())
-
-
-class AsyncClient(_Connected):
-    """What Client is, for asyncio: made in a running loop, `async with AsyncClient(address) as client`, and tasks may share it.
-
-    Methods that take input without an end take an asynchronous iterator, or an ordinary one that does not block.
-    """
-
-    _grpc, _lock = grpc.aio, asyncio.Lock
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        await self._channel.close()
-
-    async def health(self, name: str = "") -> str:
-        """As Client.health."""
-        from grpc_health.v1 import health_pb2, health_pb2_grpc  # noqa: PLC0415  a client alone does without
-
-        response = await health_pb2_grpc.HealthStub(self._channel).Check(health_pb2.HealthCheckRequest(service=name), **self._call)
-        return str(health_pb2.HealthCheckResponse.ServingStatus.Name(response.status))
-
-    async def classify(self, images: Iterable["Picture"]) -> list[Digit]:
-        """As Client.classify."""
-        return list(chain.from_iterable(await self._batch(Digits(), images)))
-
-    def classify_each(self, images: AsyncIterable["Picture"] | Iterable["Picture"], *, ahead: int = AHEAD) -> AsyncIterator[Digit]:
-        """As Client.classify_each."""
-        return self._stream(Digits(), images, ahead)
-
-    async def assess(self, patients: Iterable[Mapping[str, float | None]]) -> list[Assessment]:
-        """As Client.assess."""
-        return list(chain.from_iterable(await self._batch(Patients(), patients)))
-
-    def assess_each(
-        self,
-        patients: AsyncIterable[Mapping[str, float | None]] | Iterable[Mapping[str, float | None]],
-        *,
-        ahead: int = AHEAD,
-    ) -> AsyncIterator[Assessment]:
-        """As Client.assess_each."""
-        return self._stream(Patients(), patients, ahead)
-
-    async def answer(self, numbers: Iterable[int]) -> list[Word]:
-        """As Client.answer."""
-        return list(chain.from_iterable(await self._batch(Numbers(), numbers)))
-
-    def answer_each(self, numbers: AsyncIterable[int] | Iterable[int], *, ahead: int = AHEAD) -> AsyncIterator[Word]:
-        """As Client.answer_each."""
-        return self._stream(Numbers(), numbers, ahead)
-
-    async def count(self, start: int, stop: int, step: int = 1) -> AsyncIterator[tuple[int, Word]]:
-        """As Client.count."""
-        call = FizzBuzzStub(self._channel).Count(CountRequest(start=start, stop=stop, step=step), **self._call)
-        try:
-            async for response in call:
-                yield response.number, Word(response.word, response.model)
-        finally:
-            call.cancel()
-
-    async def infer(self, model: str, rows: Any) -> np.ndarray:
-        """As Client.infer."""
-        return np.concatenate([np.asarray(part) for part in await self._batch(Tensors(await self.config(model)), rows)])
-
-    async def infer_each(
-        self, model: str, rows: AsyncIterable[Any] | Iterable[Any], *, ahead: int = AHEAD
-    ) -> AsyncIterator[np.ndarray]:
-        """As Client.infer_each."""
-        async for answer in self._stream(Tensors(await self.config(model)), rows, ahead):
-            yield answer
-
-    async def config(self, model: str) -> ModelConfig:
-        """As Client.config."""
-        async with self._asking:
-            if model not in self._configs:
-                stub = GRPCInferenceServiceStub(self._channel)
-                self._configs[model] = (await stub.ModelConfig(ModelConfigRequest(name=model), **self._call)).config
-            return self._configs[model]
-
-    async def _batch(self, face: Face[Row, Answer], rows: Iterable[Row]) -> list[Iterable[Answer]]:
-        parts = face.split(rows, (await self.config(face.model)).max_batch_size)
-        return [answers async for answers in self._ask(face, each(parts), CALLS)]
-
-    async def _stream(self, face: Face[Row, Answer], rows: AsyncIterable[Row] | Iterable[Row], ahead: int) -> AsyncIterator[Answer]:
-        most, calls = window((await self.config(face.model)).max_batch_size, ahead)
-        async for answers in self._ask(face, split_async(face, rows, most), calls):
-            for answer in answers:
-                yield answer
-
-    async def _ask(self, face: Face[Any, Answer], parts: AsyncIterable[Part], calls: int) -> AsyncIterator[Iterable[Answer]]:
-        method, waiting = face.method(self._channel), deque[tuple[Part, Any]]()
-        try:
-            async for part in parts:
-                waiting.append((part, method(part.request, **self._call)))
-                if len(waiting) == calls:
-                    yield await self._wait(face, *waiting.popleft())
-            while waiting:
-                yield await self._wait(face, *waiting.popleft())
-        finally:
-            for _, call in waiting:
-                call.cancel()
-
-    async def _wait(self, face: Face[Any, Answer], part: Part, call: Any) -> Iterable[Answer]:
-        with self._part(face, part):
-            return face.read(await call)
+    def _result(self, codec: Codec[Any, Prediction], chunk: Chunk, call: Any) -> Iterable[Prediction]:
+        with self._errors_of(codec, chunk):
+            return codec.decode(call.result())

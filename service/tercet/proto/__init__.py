@@ -1,7 +1,7 @@
-"""The wire contracts, and the code that protoc generates from them (`make proto`).
+"""The code that protoc generates from proto/*.proto (`make proto`).
 
-Our messages live in a descriptor pool of their own: KServe's, MLServer's and Triton's clients bring the same `inference.*` messages
-in files of other names, and one pool takes each message once. So our code and theirs can be used in one process.
+Its messages have a descriptor pool of their own. The clients of KServe, MLServer and Triton define the same `inference.*` messages,
+and a pool accepts each message only once; this way their code and ours work in one process.
 """
 
 from google.protobuf.descriptor_pool import DescriptorPool

@@ -27,8 +27,8 @@ if _version_not_supported:
 
 
 class DiabetesStub:
-    """Estimates the probability of a positive diabetes test with the model `diabetes`. Learned from 768 women of one community: no basis for a
-    diagnosis.
+    """Estimates the probability of a positive diabetes test with the model `diabetes`. It was trained on data of 768 women of one
+    community: do not use it for diagnoses.
     """
 
     def __init__(self, channel):
@@ -45,8 +45,8 @@ class DiabetesStub:
 
 
 class DiabetesServicer:
-    """Estimates the probability of a positive diabetes test with the model `diabetes`. Learned from 768 women of one community: no basis for a
-    diagnosis.
+    """Estimates the probability of a positive diabetes test with the model `diabetes`. It was trained on data of 768 women of one
+    community: do not use it for diagnoses.
     """
 
     def Assess(self, request, context):
@@ -72,8 +72,8 @@ def add_DiabetesServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Diabetes:
-    """Estimates the probability of a positive diabetes test with the model `diabetes`. Learned from 768 women of one community: no basis for a
-    diagnosis.
+    """Estimates the probability of a positive diabetes test with the model `diabetes`. It was trained on data of 768 women of one
+    community: do not use it for diagnoses.
     """
 
     @staticmethod

@@ -27,7 +27,7 @@ if _version_not_supported:
 
 
 class DigitsStub:
-    """Reads handwritten digits with the model `mnist`.
+    """Classifies handwritten digits with the model `mnist`.
     """
 
     def __init__(self, channel):
@@ -44,7 +44,7 @@ class DigitsStub:
 
 
 class DigitsServicer:
-    """Reads handwritten digits with the model `mnist`.
+    """Classifies handwritten digits with the model `mnist`.
     """
 
     def Classify(self, request, context):
@@ -70,7 +70,7 @@ def add_DigitsServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Digits:
-    """Reads handwritten digits with the model `mnist`.
+    """Classifies handwritten digits with the model `mnist`.
     """
 
     @staticmethod

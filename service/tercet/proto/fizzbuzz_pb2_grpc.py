@@ -27,8 +27,8 @@ if _version_not_supported:
 
 
 class FizzBuzzStub:
-    """FizzBuzz as a service. The model `fizzbuzz` answers from 0 to 1023; where `fizzbuzz_any` is loaded too, it answers every other
-    number of 64 bits, negative ones by their magnitude; where it is not, they are refused.
+    """FizzBuzz as a service. The model `fizzbuzz` answers 0 to 1023. `fizzbuzz_any` answers every other 64-bit integer, negative ones
+    by their magnitude; when it is not loaded, they are an error.
     """
 
     def __init__(self, channel):
@@ -50,19 +50,19 @@ class FizzBuzzStub:
 
 
 class FizzBuzzServicer:
-    """FizzBuzz as a service. The model `fizzbuzz` answers from 0 to 1023; where `fizzbuzz_any` is loaded too, it answers every other
-    number of 64 bits, negative ones by their magnitude; where it is not, they are refused.
+    """FizzBuzz as a service. The model `fizzbuzz` answers 0 to 1023. `fizzbuzz_any` answers every other 64-bit integer, negative ones
+    by their magnitude; when it is not loaded, they are an error.
     """
 
     def Answer(self, request, context):
-        """What to say for each number.
+        """Answers each number.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Count(self, request, context):
-        """Counts aloud: 1 2 fizz 4 buzz ...
+        """Counts: 1 2 fizz 4 buzz ...
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -90,8 +90,8 @@ def add_FizzBuzzServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class FizzBuzz:
-    """FizzBuzz as a service. The model `fizzbuzz` answers from 0 to 1023; where `fizzbuzz_any` is loaded too, it answers every other
-    number of 64 bits, negative ones by their magnitude; where it is not, they are refused.
+    """FizzBuzz as a service. The model `fizzbuzz` answers 0 to 1023. `fizzbuzz_any` answers every other 64-bit integer, negative ones
+    by their magnitude; when it is not loaded, they are an error.
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""The server: all faces on one port, health and reflection, and a clean end."""
+"""The server: all services on one port, with health, reflection and a graceful shutdown."""
 
 import asyncio
 import gc
@@ -13,227 +13,211 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
-from tercet.errors import InvalidInputError, StartupError, abort, refuse_unreadable
-from tercet.proto import POOL, diabetes_pb2_grpc, digits_pb2_grpc, fizzbuzz_pb2_grpc, inference_pb2_grpc
-from tercet.server import port
-from tercet.server.config import INT, Config
-from tercet.server.credentials import BearerToken, tls
-from tercet.server.metrics import Metrics, Prometheus, tell
+from tercet.errors import InvalidInputError, StartupError
+from tercet.proto import POOL
+from tercet.server.config import MAX_INT, Config
 from tercet.server.repository import Repository
-from tercet.server.servicers import Readable
-from tercet.server.servicers.diabetes import DiabetesServicer
-from tercet.server.servicers.digits import DigitsServicer
-from tercet.server.servicers.fizzbuzz import FizzBuzzServicer
-from tercet.server.servicers.inference import InferenceServicer
+from tercet.server.rpc import Calls, TolerantServer, abort_call, check_parsed
+from tercet.server.security import BearerTokens, check_address, tls_credentials
+from tercet.server.servicers import SERVICES, Backend
+from tercet.server.telemetry import MetricMemory, Telemetry, start_metrics_server
 
 if TYPE_CHECKING:
     from tercet.server.tracing import Tracing
 
 log = logging.getLogger(__name__)
 
-# gRPC reads these when the first server is made. A Python server needs a fifth less CPU time a call without the listener's own
-# threads (benchmarks/README.md).
+# gRPC reads this when the first server is created. Without the listener's own threads a Python server needs less CPU time per call
+# (benchmarks/README.md).
 os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_listener")
 
-CONNECTION = {  # what nobody needs to set; times in ms
-    "grpc.server_handshake_timeout_ms": 10_000,  # who connects and says nothing is let go; 120 s in gRPC
-    "grpc.max_connection_idle_ms": 3_600_000,  # a client without a call for so long connects anew when it has one
-    "grpc.keepalive_time_ms": 60_000,  # a peer that is gone is noticed; 2 h in gRPC
+CONNECTION_OPTIONS = {  # times in ms
+    "grpc.server_handshake_timeout_ms": 10_000,  # drop connections that do not finish the handshake; gRPC's default is 120 s
+    "grpc.max_connection_idle_ms": 3_600_000,  # close a connection without calls; the client reopens it for its next call
+    "grpc.keepalive_time_ms": 60_000,  # detect dead peers; gRPC's default is 2 h
     "grpc.keepalive_timeout_ms": 20_000,
-    "grpc.keepalive_permit_without_calls": 1,  # clients behind balancers ping idle connections
-    "grpc.http2.min_recv_ping_interval_without_data_ms": 9_000,  # the least that gRPC lets a client choose is 10 s; 5 min in gRPC
-    "grpc.http.overload_protection": 0,  # it counts calls that have just ended: with many in flight most would be UNAVAILABLE
-    "grpc.server.max_pending_requests": 100_000,  # gRPC's 1,000 ends calls with CANCELLED; our queues say RESOURCE_EXHAUSTED
+    "grpc.keepalive_permit_without_calls": 1,  # clients behind load balancers ping idle connections
+    "grpc.http2.min_recv_ping_interval_without_data_ms": 9_000,  # gRPC lets a client ping every 10 s; the default here is 5 min
+    "grpc.http2.max_ping_strikes": 2,  # then the connection is closed: ENHANCE_YOUR_CALM, too_many_pings
+    "grpc.http.overload_protection": 0,  # it counts calls that have just ended, and makes most UNAVAILABLE when many are in flight
+    "grpc.server.max_pending_requests": 100_000,  # gRPC's 1,000 ends calls as CANCELLED; our queues say RESOURCE_EXHAUSTED
     "grpc.server.max_pending_requests_hard_limit": 100_000,
-    "grpc.http2.max_ping_strikes": 2,  # who pings more often than that is sent away: ENHANCE_YOUR_CALM, too_many_pings
 }
-SETTLE = 0.1, 5  # seconds without a new call, and how often at most that is waited for, before each step of the end
+DRAIN_POLL_SECONDS, DRAIN_MAX_POLLS = 0.1, 5  # each step of the shutdown waits for a period without new calls
 
+SERVICE_NAMES = (*(service.name for service in SERVICES), health.SERVICE_NAME, reflection.SERVICE_NAME)
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
-SERVICES = (
-    "inference.GRPCInferenceService",
-    "tercet.v1.Diabetes",
-    "tercet.v1.Digits",
-    "tercet.v1.FizzBuzz",
-    health.SERVICE_NAME,
-    reflection.SERVICE_NAME,
-)
 
 
-class Health(health.aio.HealthServicer):  # type: ignore[misc]  # it comes without types
-    """The standard health service, whose watchers do not hold up the end."""
+class Health(health.aio.HealthServicer):  # type: ignore[misc]  # it has no types
+    """The standard health service, except that watchers do not delay the shutdown."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._ended = asyncio.Event()
+        self._stopped = asyncio.Event()
 
     async def Check(self, request: Any, context: Any) -> Any:  # noqa: N802
-        """Report what is now."""
-        await self._refuse_unreadable(request, context)
+        await _abort_if_malformed(request, context)
         return await super().Check(request, context)
 
     async def Watch(self, request: Any, context: Any) -> None:  # noqa: N802
-        """Report changes until the service ends."""
-        await self._refuse_unreadable(request, context)
-        watching = asyncio.ensure_future(super().Watch(request, context))
-        ended = asyncio.ensure_future(self._ended.wait())
+        await _abort_if_malformed(request, context)
+        tasks = [asyncio.ensure_future(work) for work in (super().Watch(request, context), self._stopped.wait())]
         try:
-            await asyncio.wait({watching, ended}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            watching.cancel()
-            ended.cancel()
+            for task in tasks:
+                task.cancel()
 
-    async def _refuse_unreadable(self, request: Any, context: Any) -> None:
-        """End a call whose request could not be read."""
-        try:
-            refuse_unreadable(request)
-        except InvalidInputError as error:
-            await abort(context, error)
-
-    async def end(self) -> None:
-        """Say NOT_SERVING to everyone, and let the watchers go."""
+    async def stop(self) -> None:
+        """Report NOT_SERVING for every name, and end the watches."""
         await self.enter_graceful_shutdown()
-        self._ended.set()
+        self._stopped.set()
+
+
+async def _abort_if_malformed(request: Any, context: Any) -> None:
+    try:
+        check_parsed(request)
+    except InvalidInputError as error:
+        await abort_call(context, error)
 
 
 class Server:
     """A gRPC server bound to a port."""
 
-    def __init__(self, config: Config, relay: Callable[[str], None] = lambda _: None) -> None:
-        """Load the models, build all faces and bind the port; call it in a running event loop.
+    def __init__(
+        self, config: Config, *, memory: MetricMemory | None = None, relay: Callable[[str], None] = lambda _: None
+    ) -> None:
+        """Load the models, add all services and bind the port. Needs a running event loop.
 
-        `relay` gets `load NAME` or `unload NAME` when a client asked for it and it was done, for other processes to do the same.
-        Raises StartupError when a model cannot be loaded or the port is taken.
+        The metrics are counted in `memory`. `relay` is called with `load NAME` or `unload NAME` after a client's request, for other
+        processes to do the same. Raises StartupError when a model cannot be loaded or the port is taken.
         """
-        self._tracing = start_tracing(config)
+        self._tracing = _start_tracing(config)
         interceptors: list[grpc.aio.ServerInterceptor] = [self._tracing.interceptor()] if self._tracing else []
-        interceptors += [BearerToken(config.token_file)] if config.token_file else []
-        self.metrics = Metrics() if config.metrics_port is None else Prometheus()
-        self.repository = Repository(config, self.metrics, self._tracing.batch if self._tracing else None)
-        self._server = grpc.aio.server(interceptors=interceptors, options=list(limits(config).items()))
-        self._health = Health()
+        interceptors += [BearerTokens(config.token_file)] if config.token_file else []
+        self.telemetry, self.calls, self._health = Telemetry(memory), Calls(), Health()
+        self.repository = Repository(config, self.telemetry, self._tracing.record_batch if self._tracing else None)
         self._relay = relay
         self.stopping = asyncio.Event()
-        faces = Readable(self._server)
-        inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(InferenceServicer(self.repository, self.command), faces)
-        digits_pb2_grpc.add_DigitsServicer_to_server(DigitsServicer(self.repository), faces)
-        diabetes_pb2_grpc.add_DiabetesServicer_to_server(DiabetesServicer(self.repository), faces)
-        fizzbuzz_pb2_grpc.add_FizzBuzzServicer_to_server(FizzBuzzServicer(self.repository), faces)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, faces)
+        self._server = grpc.aio.server(interceptors=interceptors, options=list(_grpc_options(config).items()))
+        self._add_services(Backend(repository=self.repository, telemetry=self.telemetry, calls=self.calls, command=self.command))
+        self.config = replace(config, port=_bind(self._server, config))
+
+    def _add_services(self, backend: Backend) -> None:
+        server = TolerantServer(self._server)
+        for service in SERVICES:
+            service.add_to_server(service.servicer(backend), server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         for module in (health_pb2, reflection_pb2):
             POOL.AddSerializedFile(module.DESCRIPTOR.serialized_pb)
-        reflection.enable_server_reflection(SERVICES, self._server, pool=POOL)
-        self.config = replace(config, port=bind(self._server, config))
+        reflection.enable_server_reflection(SERVICE_NAMES, self._server, pool=POOL)
 
     async def start(self) -> None:
-        """Accept calls; health says which models are served."""
-        gc.freeze()  # nothing of what is loaded goes away: no collection needs to walk through it
+        """Accept calls, and report to health checks which models are served."""
+        gc.freeze()  # what is loaded now stays: the collector need not traverse it
         await self._server.start()
         await self.set_health("", serving=True)
-        await self._tell_health()
+        await self._publish_health()
         self._watching = asyncio.create_task(self._watch())
 
     async def command(self, line: str, *, relayed: bool = False) -> None:
-        """Obey `load NAME` or `unload NAME`. Raises what Repository.load and unload raise."""
+        """Run `load NAME` or `unload NAME`. Raises the errors of Repository.load and unload."""
         verb, _, name = line.partition(" ")
         await (self.repository.load(name) if verb == "load" else self.repository.unload(name))
-        await self._tell_health()
+        await self._publish_health()
         if not relayed:
             self._relay(line)
 
-    async def follow(self, *, at_once: bool = False) -> None:
-        """Serve new model files; see Repository.follow."""
-        await self.repository.follow(at_once=at_once)
-        await self._tell_health()
+    async def reload_changed(self, *, wait_until_stable: bool = True) -> None:
+        """Reload models whose files have changed; see Repository.reload_changed."""
+        await self.repository.reload_changed(wait_until_stable=wait_until_stable)
+        await self._publish_health()
 
     async def _watch(self) -> None:
-        """Follow the model files for ever."""
         while self.config.watch:
             await asyncio.sleep(self.config.watch)
-            await self.follow()
+            await self.reload_changed()
 
-    async def _tell_health(self) -> None:
-        """Say which models are served now."""
-        for name in self.repository.known:
-            await self.set_health(name, serving=name in self.repository.names())
+    async def _publish_health(self) -> None:
+        loaded = self.repository.loaded_names()
+        for name in self.repository.all_names():
+            await self.set_health(name, serving=name in loaded)
 
     async def set_health(self, name: str, *, serving: bool) -> None:
-        """What the health service says of a name."""
+        """Set the status that the health service reports for a name."""
         await self._health.set(name, SERVING if serving else NOT_SERVING)
 
     async def run(self) -> None:
-        """Wait for SIGTERM, SIGINT or `stopping`, then stop."""
+        """Serve until SIGTERM, SIGINT or `stopping`; SIGHUP reloads models at once."""
+        loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, self.stopping.set)
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._hangup)
+            loop.add_signal_handler(number, self.stopping.set)
+        loop.add_signal_handler(signal.SIGHUP, self._reload_now)
         await self.stopping.wait()
         log.info("shutting down: requests in flight have %g s to finish", self.config.grace)
         await self.stop()
 
-    def _hangup(self) -> None:
-        """SIGHUP: look at the model files now."""
-        self._following = asyncio.create_task(self.follow(at_once=True))
+    def _reload_now(self) -> None:
+        self._reloading = asyncio.create_task(self.reload_changed(wait_until_stable=False))
 
     async def stop(self) -> None:
-        """Say NOT_SERVING, accept what was sent before, refuse new calls, let those in flight finish within the grace, then end.
+        """Report NOT_SERVING, then refuse new calls, then let calls in flight finish within the grace period.
 
-        What gRPC has read, but not handed over yet when it is stopped, it ends as CANCELLED, which nobody tries again; new calls
-        are refused as UNAVAILABLE for a while, which takes so little time that hardly any are left.
+        gRPC would end calls that it has read but not yet handed over as CANCELLED, which clients do not retry. So new calls are
+        first refused as UNAVAILABLE, until none arrive any more.
         """
         self._watching.cancel()
-        await self._health.end()
-        await self._settle()
-        self.repository.closing = True
-        await self._settle()
+        await self._health.stop()
+        await self._wait_for_quiet()
+        self.calls.draining = True
+        await self._wait_for_quiet()
         await self._server.stop(self.config.grace)
         await self.repository.close()
         if self._tracing:
             await asyncio.to_thread(self._tracing.close)
 
-    async def _settle(self) -> None:
-        """Wait until calls have stopped coming, but not for ever."""
-        pause, times = SETTLE
-        for _ in range(times):
-            before = self.repository.came
-            await asyncio.sleep(pause)
-            if self.repository.came == before:
+    async def _wait_for_quiet(self) -> None:
+        """Wait until no calls arrive, for a limited time."""
+        for _ in range(DRAIN_MAX_POLLS):
+            received = self.calls.received
+            await asyncio.sleep(DRAIN_POLL_SECONDS)
+            if self.calls.received == received:
                 return
 
 
-def start_tracing(config: Config) -> "Tracing | None":
-    """What sends traces, when it is wanted. Raises StartupError when its packages are missing."""
+def _start_tracing(config: Config) -> "Tracing | None":
     if config.trace_endpoint is None:
         return None
     try:
-        from tercet.server.tracing import Tracing  # noqa: PLC0415  its packages are an extra
+        from tercet.server.tracing import Tracing  # noqa: PLC0415  needs the extra `trace`
     except ImportError as error:
-        raise StartupError(f"trace_endpoint: traces need more packages: pip install 'tercet[trace]' ({error})") from error
+        raise StartupError(f"--trace-endpoint needs more packages: pip install '.[trace]' ({error})") from error
     return Tracing(config.trace_endpoint)
 
 
-def limits(config: Config) -> dict[str, int]:
-    """What one connection may do, in gRPC's terms."""
-    age = {"grpc.max_connection_age_ms": milliseconds(config.max_connection_age)} if config.max_connection_age else {}
+def _grpc_options(config: Config) -> dict[str, int]:
+    """The limits of a connection, as gRPC takes them."""
+    age = {"grpc.max_connection_age_ms": _milliseconds(config.max_connection_age)} if config.max_connection_age else {}
     return {
         "grpc.so_reuseport": int(config.workers > 1),
         "grpc.max_receive_message_length": config.max_message_bytes,
         "grpc.max_concurrent_streams": config.max_concurrent_streams,
-        "grpc.max_connection_age_grace_ms": milliseconds(config.grace),
+        "grpc.max_connection_age_grace_ms": _milliseconds(config.grace),
         **age,
-        **CONNECTION,
+        **CONNECTION_OPTIONS,
     }
 
 
-def milliseconds(seconds: float) -> int:
-    """A time as gRPC takes it."""
-    return min(max(1, round(seconds * 1e3)), INT)
+def _milliseconds(seconds: float) -> int:
+    return min(max(1, round(seconds * 1e3)), MAX_INT)
 
 
-def bind(server: Any, config: Config) -> int:
-    """Bind the port, 0 for a free one; return it. Raises StartupError when that is not possible."""
-    if config.workers == 1:  # else the parent holds it
-        port.check(config)  # gRPC's own error names no cause, and goes to stderr
-    credentials = tls(config)
+def _bind(server: Any, config: Config) -> int:
+    """Bind the port, 0 for a free one; return it. Raises StartupError."""
+    if config.workers == 1:  # with several, the parent has checked and reserved it
+        check_address(config)  # gRPC's own error names no cause, and goes to stderr
+    credentials = tls_credentials(config)
     try:
         return int(server.add_secure_port(config.address, credentials) if credentials else server.add_insecure_port(config.address))
     except RuntimeError as error:
@@ -241,10 +225,10 @@ def bind(server: Any, config: Config) -> int:
 
 
 async def serve(config: Config, ready: Callable[[Config, Mapping[str, str]], None]) -> None:
-    """Serve until SIGTERM or SIGINT. Once calls are accepted, `ready` gets the settings with the port, and Repository.engines."""
+    """Serve until SIGTERM or SIGINT. Once calls are accepted, `ready` gets the config with the actual ports, and the engines."""
     server = Server(config)
-    if isinstance(server.metrics, Prometheus):
-        server.config = replace(server.config, metrics_port=tell(server.metrics.registry, config))
+    if config.metrics_port is not None:
+        server.config = replace(server.config, metrics_port=start_metrics_server(config, [server.telemetry.memory]))
     await server.start()
     ready(server.config, server.repository.engines())
     await server.run()

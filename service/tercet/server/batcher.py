@@ -1,6 +1,6 @@
-"""Dynamic batching: while the engine is busy requests gather, and the next batch takes what waits.
+"""Dynamic batching: requests gather while the engine is busy, and the next batch takes what is waiting.
 
-It knows arrays and futures, nothing of gRPC; the engine behind it knows nothing of requests.
+The batcher knows arrays and futures, and nothing of gRPC; the engine behind it knows nothing of requests.
 """
 
 import asyncio
@@ -18,36 +18,37 @@ import numpy as np
 from tercet.card import Rows
 from tercet.errors import InternalError, QueueFullError, QueueTimeoutError, ShuttingDownError
 
-COMPANY = 32  # requests that share the cost of a start well enough; more at once only crowd the cache
-PATIENCE = 24  # ticks of the loop without a new request before a short batch starts: gRPC hands over a call every few ticks
+EAGER_START_REQUESTS = 32  # start at once with this many: more do not make a batch cheaper, they only crowd the cache
+IDLE_TICKS = 24  # iterations of the event loop without a new request before a short batch starts; gRPC needs a few per call
+MIN_RETRY_SECONDS = 0.001  # what a full queue asks for at least
 
 
 @dataclass(eq=False, slots=True)
-class _Waiting:
-    """Rows in the queue and the future that their answer goes to; it is done early when they expire or nobody wants them."""
+class _Entry:
+    """Rows in the queue and the future of their output. The future is done early when they expire or the caller has left."""
 
     rows: Rows
     future: asyncio.Future[Rows]
     arrived: float  # seconds on the loop's clock, which may be coarse
-    put: float = field(default_factory=time.perf_counter)
-    context: Context | None = None  # the caller's, for `trace`
+    enqueued: float = field(default_factory=time.perf_counter)
+    context: Context | None = None  # of the caller, for `trace`
 
 
-class Observer(Protocol):
-    """Is told what a batcher does."""
+class BatchRecorder(Protocol):
+    """Records what a batcher does."""
 
-    def depth(self, rows: int, /) -> None:
-        """So many rows wait now."""
+    def queue_depth(self, rows: int, /) -> None:
+        """Record how many rows are waiting now."""
 
-    def waited(self, seconds: float, /) -> None:
-        """A request was in the queue for so long."""
+    def request_waited(self, seconds: float, /) -> None:
+        """Record how long a request waited for its batch."""
 
-    def ran(self, rows: int, requests: int, seconds: float, /) -> None:
-        """A batch of so many rows, of so many requests, kept the engine busy for so long."""
+    def batch_ran(self, rows: int, requests: int, seconds: float, /) -> None:
+        """Record a batch. Called from the engine's thread, too."""
 
 
 class Batcher:
-    """One model's queue. Use it from one event loop."""
+    """The queue of one model. Use it from one event loop."""
 
     def __init__(
         self,
@@ -58,220 +59,219 @@ class Batcher:
         queue_timeout: float,
         max_delay: float = 0.0,
         inline_rows: int = 0,
-        observer: Observer | None = None,
+        recorder: BatchRecorder | None = None,
         trace: Callable[[float, float, float], None] | None = None,
     ) -> None:
-        """`run` maps (batch, ...) to (batch, ...), one call at a time, at most `max_batch_rows` rows a call.
+        """`run` maps (batch, ...) to (batch, ...); it gets one batch at a time, of at most `max_batch_rows` rows.
 
-        Batches of up to `inline_rows` rows are so quick that they run on the event loop; larger ones run in a thread, and requests
-        gather meanwhile. The thread takes its next batch by itself: the engine never waits for the loop.
-        At most `max_queue_rows` rows wait, each for `queue_timeout` seconds; an idle engine waits `max_delay` seconds for company.
-        `observer` is told of waiting rows, of each request's time in the queue, and of each batch; from the thread too.
-        `trace` is called in the context of each answered request with the time.perf_counter of its arrival and of the begin and the
-        end of its batch.
+        Batches of up to `inline_rows` rows are so fast that they run on the event loop; larger ones run in a thread while requests
+        gather. The thread takes its next batch by itself, so the engine never waits for the loop.
+        At most `max_queue_rows` rows wait, each for at most `queue_timeout` seconds. An idle engine waits up to `max_delay` seconds
+        for more rows.
+        `trace` is called in the context of each request that ran, with three times of time.perf_counter: its arrival, and the start
+        and end of its batch.
         """
         self._run = run
-        self._max_batch_rows, self._max_queue_rows = max_batch_rows, max_queue_rows
-        self._queue_timeout, self._max_delay = queue_timeout, max_delay
-        self._inline_rows = inline_rows
-        self._observer, self._trace = observer, trace
+        self._max_batch_rows, self._inline_rows = max_batch_rows, inline_rows
+        self._max_queue_rows, self._queue_timeout, self.max_delay = max_queue_rows, queue_timeout, max_delay
+        self._recorder, self._trace = recorder, trace
         self._lock = Lock()  # guards the queue, which the thread takes from too
-        self._queue: deque[_Waiting] = deque()
+        self._queue: deque[_Entry] = deque()
         self._waiting_rows = 0
         self._seconds_per_row = 0.0  # of the latest batch
-        self._seen, self._patience = 0, PATIENCE  # rows that waited at the latest tick, ticks left
-        self._next: asyncio.Handle | None = None  # will start the next batch
-        self._running: asyncio.Future[None] | None = None  # the thread's work
-        self._timer: asyncio.TimerHandle | None = None  # will end what has waited too long
+        self._rows_at_last_tick, self._ticks_left = 0, IDLE_TICKS
+        self._next_start: asyncio.Handle | None = None  # starts the next batch
+        self._thread_work: asyncio.Future[None] | None = None  # while the thread runs batches
+        self._expiry: asyncio.TimerHandle | None = None  # ends the oldest entry when it has waited too long
         self._executor = ThreadPoolExecutor(1)
         self._closed = False
 
     async def infer(self, rows: Rows) -> Rows:
-        """Answer `rows`, (n, ...), with (n, ...). A request larger than a batch is split over several.
+        """Run `rows`, (n, ...), and return (n, ...). A request larger than a batch is split.
 
-        When the caller is cancelled, rows that still wait are never run. Raises QueueFullError at once when there is no room,
+        Rows that are still waiting when the caller is cancelled are never run. Raises QueueFullError at once when there is no room,
         QueueTimeoutError when the rows have waited too long, ShuttingDownError after `close`, InternalError when `run` failed.
         """
         if self._closed:
-            raise ShuttingDownError("the service is shutting down: ask another one")
+            raise ShuttingDownError
         if self._waiting_rows + len(rows) > self._max_queue_rows:
-            retry_after = max(0.001, self._waiting_rows * self._seconds_per_row)
+            retry_after = max(MIN_RETRY_SECONDS, self._waiting_rows * self._seconds_per_row)
             raise QueueFullError(self._waiting_rows, self._max_queue_rows, round(retry_after, 3))
-        parts = [self._put(rows[i : i + self._max_batch_rows]) for i in range(0, len(rows), self._max_batch_rows)]
+        parts = [self._enqueue(rows[i : i + self._max_batch_rows]) for i in range(0, len(rows), self._max_batch_rows)]
         try:
-            answers = await asyncio.gather(*(part.future for part in parts)) if len(parts) > 1 else [await parts[0].future]
+            outputs = await asyncio.gather(*(part.future for part in parts)) if len(parts) > 1 else [await parts[0].future]
         except BaseException:
             for part in parts:
-                self._drop(part)
+                self._abandon(part)
             raise
-        return answers[0] if len(answers) == 1 else np.concatenate(answers)
+        return outputs[0] if len(outputs) == 1 else np.concatenate(outputs)
 
-    def take_over(self, run: Callable[[Rows], Rows], *, max_batch_rows: int, inline_rows: int) -> None:
-        """Let another `run` answer from the next batch on; requests that wait keep their places."""
+    def replace_engine(self, run: Callable[[Rows], Rows], *, max_batch_rows: int, inline_rows: int) -> None:
+        """Use another `run` from the next batch on; waiting requests keep their places."""
         with self._lock:
             self._run, self._max_batch_rows, self._inline_rows = run, max_batch_rows, inline_rows
 
     async def drain(self) -> None:
-        """Wait until all that waits now has been answered or ended."""
+        """Wait until every request that is waiting now has ended."""
         with self._lock:
-            waiting = [waiting.future for waiting in self._queue]
+            waiting = [entry.future for entry in self._queue]
         if waiting:
             await asyncio.wait(waiting)
 
     async def close(self) -> None:
-        """Take no more requests, end those that wait with ShuttingDownError, and let the running batch finish."""
+        """Accept no more requests, end the waiting ones with ShuttingDownError, and let the running batch finish."""
         self._closed = True
         with self._lock:
-            left = list(self._queue)
+            waiting = list(self._queue)
             self._queue.clear()
-        for waiting in left:
-            if not waiting.future.done():
-                waiting.future.set_exception(ShuttingDownError("the service is shutting down: ask another one"))
-        for handle in (self._timer, self._next):
+        for entry in waiting:
+            if not entry.future.done():
+                entry.future.set_exception(ShuttingDownError())
+        for handle in (self._expiry, self._next_start):
             if handle:
                 handle.cancel()
-        if self._running:
-            await asyncio.wait([self._running])
+        if self._thread_work:
+            await asyncio.wait([self._thread_work])
         self._executor.shutdown()
 
-    def _put(self, rows: Rows) -> _Waiting:
-        """Queue at most one batch of rows and make sure that somebody works on the queue."""
+    def _enqueue(self, rows: Rows) -> _Entry:
+        """Queue at most one batch of rows and make sure that a batch will start."""
         loop = asyncio.get_running_loop()
-        waiting = _Waiting(rows, loop.create_future(), loop.time())
+        entry = _Entry(rows, loop.create_future(), loop.time())
         if self._trace:
-            waiting.context = copy_context()
+            entry.context = copy_context()
         with self._lock:
-            self._queue.append(waiting)
+            self._queue.append(entry)
             self._waiting_rows += len(rows)
-        if self._observer and self._running:  # else they are as good as gone
-            self._observer.depth(self._waiting_rows)
-        if self._running is None:
-            if self._next and self._waiting_rows >= self._max_batch_rows:  # no need to wait for more
-                self._next.cancel()
-                self._next = None
-            self._next = self._next or loop.call_soon(self._tick)
-        if self._timer is None:
-            self._timer = loop.call_at(waiting.arrived + self._queue_timeout, self._expire)
-        return waiting
+        if self._recorder and self._thread_work:  # otherwise they leave the queue at once
+            self._recorder.queue_depth(self._waiting_rows)
+        if self._thread_work is None:
+            if self._next_start and self._waiting_rows >= self._max_batch_rows:  # the batch is full: do not wait for more
+                self._next_start.cancel()
+                self._next_start = None
+            self._next_start = self._next_start or loop.call_soon(self._tick)
+        if self._expiry is None:
+            self._expiry = loop.call_at(entry.arrived + self._queue_timeout, self._expire)
+        return entry
 
-    def _pop(self) -> _Waiting:
-        """Take the oldest off the queue, with the lock held."""
-        waiting = self._queue.popleft()
-        self._waiting_rows -= len(waiting.rows)
-        return waiting
+    def _pop(self) -> _Entry:
+        """Take the oldest entry; hold the lock."""
+        entry = self._queue.popleft()
+        self._waiting_rows -= len(entry.rows)
+        return entry
 
-    def _drop(self, waiting: _Waiting) -> None:
-        """Nobody wants this answer any more: if the rows still wait, they never run."""
+    def _abandon(self, entry: _Entry) -> None:
+        """The caller has left: rows that are still waiting are never run."""
         with self._lock:
-            if waiting in self._queue:
-                self._queue.remove(waiting)
-                self._waiting_rows -= len(waiting.rows)
-        if not waiting.future.cancel() and not waiting.future.cancelled():
-            waiting.future.exception()  # seen, so that asyncio does not report it as lost
+            if entry in self._queue:
+                self._queue.remove(entry)
+                self._waiting_rows -= len(entry.rows)
+        if not entry.future.cancel() and not entry.future.cancelled():
+            entry.future.exception()  # mark it as retrieved, or asyncio logs it as lost
 
     def _expire(self) -> None:
-        """End what has waited too long, now, whatever the engine does; then sleep until the next one would."""
+        """End the entries that have waited too long, even while the engine is busy; then sleep until the next one is due."""
         loop = asyncio.get_running_loop()
-        self._timer = None
-        late = []
+        self._expiry = None
+        overdue = []
         with self._lock:
             while self._queue and self._queue[0].arrived + self._queue_timeout <= loop.time():
-                late.append(self._pop())
+                overdue.append(self._pop())
             if self._queue:
-                self._timer = loop.call_at(self._queue[0].arrived + self._queue_timeout, self._expire)
-        reason = f"not started within {self._queue_timeout:g} s, as long as the queue allows"
-        for waiting in late:
-            if not waiting.future.done():
-                waiting.future.set_exception(QueueTimeoutError(reason))
+                self._expiry = loop.call_at(self._queue[0].arrived + self._queue_timeout, self._expire)
+        message = f"the request was not started within {self._queue_timeout:g} s, the limit of the queue"
+        for entry in overdue:
+            if not entry.future.done():
+                entry.future.set_exception(QueueTimeoutError(message))
 
     def _tick(self) -> None:
-        """Start the next batch: at once when it goes to the thread, else when requests stop coming, and not before `max_delay`."""
+        """Start a batch for the thread at once, a short one when no more requests arrive, and neither before `max_delay`."""
         loop = asyncio.get_running_loop()
-        if self._waiting_rows != self._seen:
-            self._seen, self._patience = self._waiting_rows, PATIENCE
-        self._patience -= 1
-        delay = self._queue[0].arrived + self._max_delay - loop.time() if self._max_delay and self._queue else 0
+        if self._waiting_rows != self._rows_at_last_tick:
+            self._rows_at_last_tick, self._ticks_left = self._waiting_rows, IDLE_TICKS
+        self._ticks_left -= 1
+        delay = self._queue[0].arrived + self.max_delay - loop.time() if self.max_delay and self._queue else 0
         if self._waiting_rows >= self._max_batch_rows:
             self._start()
-        elif len(self._queue) < COMPANY and self._waiting_rows <= self._inline_rows and self._patience > 0:
-            self._next = loop.call_soon(self._tick)
+        elif len(self._queue) < EAGER_START_REQUESTS and self._waiting_rows <= self._inline_rows and self._ticks_left > 0:
+            self._next_start = loop.call_soon(self._tick)
         elif delay > 0:
-            self._next = loop.call_later(delay, self._start)
+            self._next_start = loop.call_later(delay, self._start)
         else:
             self._start()
 
     def _start(self) -> None:
-        """Run what waits: a short batch here and now, a long one in the thread."""
-        self._next, self._seen = None, 0
-        batch = self._take()
-        if sum(len(waiting.rows) for waiting in batch) > self._inline_rows:
+        """Run what is waiting: a short batch here and now, a long one in the thread."""
+        self._next_start, self._rows_at_last_tick = None, 0
+        batch = self._take_batch()
+        if sum(len(entry.rows) for entry in batch) > self._inline_rows:
             loop = asyncio.get_running_loop()
-            self._running = loop.run_in_executor(self._executor, self._work, batch, loop)
-            self._running.add_done_callback(self._finish)
+            self._thread_work = loop.run_in_executor(self._executor, self._run_in_thread, batch, loop)
+            self._thread_work.add_done_callback(self._thread_finished)
         elif batch:
-            self._deliver(batch, self._attempt(batch))
+            self._deliver(batch, self._run_batch(batch))
             if self._queue:
-                self._next = asyncio.get_running_loop().call_soon(self._tick)
+                self._next_start = asyncio.get_running_loop().call_soon(self._tick)
 
-    def _work(self, batch: list[_Waiting], loop: asyncio.AbstractEventLoop) -> None:
-        """In the thread: run this batch, and then the next ones for as long as more rows wait than the loop would run."""
+    def _run_in_thread(self, batch: list[_Entry], loop: asyncio.AbstractEventLoop) -> None:
+        """Run this batch, and then the next ones for as long as more rows wait than would run on the loop."""
         while batch:
-            loop.call_soon_threadsafe(self._deliver, batch, self._attempt(batch))
-            least = self._max_batch_rows if self._max_delay else self._inline_rows + 1
-            batch = self._take() if self._waiting_rows >= least else []
+            loop.call_soon_threadsafe(self._deliver, batch, self._run_batch(batch))
+            min_rows = self._max_batch_rows if self.max_delay else self._inline_rows + 1
+            batch = self._take_batch() if self._waiting_rows >= min_rows else []
 
-    def _finish(self, _: asyncio.Future[None]) -> None:
-        """The thread has nothing more to do: go on with what waits, at once or when `max_delay` is over."""
-        self._running = None
+    def _thread_finished(self, _: asyncio.Future[None]) -> None:
+        """Go on with the rows that are waiting, at once or after `max_delay`."""
+        self._thread_work = None
         if not self._closed:
-            (self._tick if self._max_delay else self._start)()
+            (self._tick if self.max_delay else self._start)()
 
-    def _take(self) -> list[_Waiting]:
-        """The requests of the next batch, oldest first, as many as fit, one at least; none when none wait."""
-        batch: list[_Waiting] = []
+    def _take_batch(self) -> list[_Entry]:
+        """Take the next batch off the queue: the oldest entries, as many as fit, and at least one unless the queue is empty."""
+        batch: list[_Entry] = []
         room = self._max_batch_rows
         with self._lock:
             while self._queue and (self._queue[0].future.done() or not batch or len(self._queue[0].rows) <= room):
-                waiting = self._pop()
-                if not waiting.future.done():  # it may have been cancelled a moment ago
-                    batch.append(waiting)
-                    room -= len(waiting.rows)
-        if self._observer:
+                entry = self._pop()
+                if not entry.future.done():  # otherwise it has just been cancelled
+                    batch.append(entry)
+                    room -= len(entry.rows)
+        if self._recorder:
             now = time.perf_counter()
-            self._observer.depth(self._waiting_rows)
-            for waiting in batch:
-                self._observer.waited(now - waiting.put)
+            self._recorder.queue_depth(self._waiting_rows)
+            for entry in batch:
+                self._recorder.request_waited(now - entry.enqueued)
         return batch
 
-    def _attempt(self, batch: list[_Waiting]) -> Rows | InternalError:
-        """The answers to a batch, (all its rows, ...), or what its requests get instead."""
+    def _run_batch(self, batch: list[_Entry]) -> Rows | InternalError:
+        """Run the engine. Returns the output of all rows of the batch, (rows, ...), or the error for its requests."""
         started = time.perf_counter()
         try:
-            rows = batch[0].rows if len(batch) == 1 else np.concatenate([waiting.rows for waiting in batch])
-            answers = self._run(rows)
-            if len(answers) != len(rows):
-                return InternalError(ValueError(f"the engine answered {len(rows)} rows with {len(answers)}"))
-        except Exception as error:  # noqa: BLE001  whatever it is, it fails this batch and no other
+            rows = batch[0].rows if len(batch) == 1 else np.concatenate([entry.rows for entry in batch])
+            output = self._run(rows)
+            if len(output) != len(rows):
+                return InternalError(ValueError(f"the engine returned {len(output)} rows for {len(rows)}"))
+        except Exception as error:  # noqa: BLE001  any exception fails this batch only
             return InternalError(error)
         seconds = time.perf_counter() - started
         self._seconds_per_row = seconds / len(rows)
-        if self._observer:
-            self._observer.ran(len(rows), len(batch), seconds)
+        if self._recorder:
+            self._recorder.batch_ran(len(rows), len(batch), seconds)
         if self._trace:
-            for waiting in batch:
-                if waiting.context:
-                    waiting.context.run(self._trace, waiting.put, started, started + seconds)
-        return answers
+            for entry in batch:
+                if entry.context:
+                    entry.context.run(self._trace, entry.enqueued, started, started + seconds)
+        return output
 
-    def _deliver(self, batch: list[_Waiting], answers: Rows | InternalError) -> None:
-        """Give each request its part of the answers, or the failure."""
+    def _deliver(self, batch: list[_Entry], output: Rows | InternalError) -> None:
+        """Give each request its rows of the output, or the error."""
         start = 0
-        for waiting in batch:
-            stop = start + len(waiting.rows)
-            if waiting.future.done():  # nobody wants it any more
+        for entry in batch:
+            stop = start + len(entry.rows)
+            if entry.future.done():  # the caller has left
                 pass
-            elif isinstance(answers, InternalError):
-                waiting.future.set_exception(answers)
+            elif isinstance(output, InternalError):
+                entry.future.set_exception(output)
             else:
-                waiting.future.set_result(answers[start:stop])
+                entry.future.set_result(output[start:stop])
             start = stop

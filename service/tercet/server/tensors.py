@@ -5,24 +5,22 @@ from math import prod
 
 import numpy as np
 
-from tercet.card import Card, Rows, Tensor
+from tercet.card import DATATYPES, Card, Rows, Tensor
 from tercet.errors import InvalidInputError
 from tercet.proto.inference_pb2 import InferParameter, InferTensorContents, ModelInferRequest, ModelInferResponse
 
-CONTENTS = {"UINT8": "uint_contents", "INT64": "int64_contents", "FP32": "fp32_contents"}  # datatype -> typed field
-MENTIONED = 4  # of a list that may be very long, in an error
-WHERE = "inputs[0][{row}].{feature}"
+MAX_QUOTED_ENTRIES = 4  # of a list that may be very long, in an error message
+INPUT_FIELD = "inputs[0][{row}].{feature}"  # for Model.infer
 
 
-def decode(request: ModelInferRequest, card: Card) -> Rows:
+def decode_request(request: ModelInferRequest, card: Card) -> Rows:
     """The input tensor of a request, (batch, *shape), in the dtype of the card. Raises InvalidInputError."""
     expected, inputs = card.input, request.inputs
     if len(inputs) != 1 or inputs[0].name != expected.name:
-        raise InvalidInputError(
-            "inputs", f"{card.name} takes one tensor {expected.name!r}, got {len(inputs)}: {[t.name for t in inputs[:MENTIONED]]}"
-        )
+        names = [tensor.name for tensor in inputs[:MAX_QUOTED_ENTRIES]]
+        raise InvalidInputError("inputs", f"{card.name}: expected one tensor {expected.name!r}, got {len(inputs)}: {names}")
     tensor = inputs[0]
-    shape = tuple(tensor.shape[: MENTIONED + len(expected.shape)])  # a longer one is wrong, and may be very long
+    shape = tuple(tensor.shape[: MAX_QUOTED_ENTRIES + len(expected.shape)])  # a longer one is wrong anyway
     if tensor.datatype != expected.datatype:
         raise InvalidInputError("inputs[0].datatype", f"{expected.name!r} is {expected.datatype}, got {tensor.datatype!r}")
     if shape[1:] != expected.shape or not shape or shape[0] < 0:
@@ -31,65 +29,65 @@ def decode(request: ModelInferRequest, card: Card) -> Rows:
         check_parameters("inputs[0]", tensor.parameters)
     if request.outputs:
         check_outputs(request, card)
-    content = request.raw_input_contents  # each access to an entry copies it
-    if not content:
+    contents = request.raw_input_contents  # each access to an entry copies it
+    if not contents:
         return _from_typed(tensor.contents, expected, prod(shape)).reshape(shape)
     if tensor.HasField("contents") and tensor.contents.ListFields():  # MLServer sends it empty
         raise InvalidInputError("inputs[0].contents", "must be empty when raw_input_contents is used")
-    if len(content) != 1:
-        raise InvalidInputError("raw_input_contents", f"one entry an input: 1, got {len(content)}")
-    return _from_raw(content[0], expected, shape)
+    if len(contents) != 1:
+        raise InvalidInputError("raw_input_contents", f"expected one entry per input, 1 in all; got {len(contents)}")
+    return _from_raw(contents[0], expected, shape)
 
 
-def check_parameters(where: str, parameters: Mapping[str, InferParameter]) -> None:
-    """Tolerate parameters of a tensor, but for those that say that its contents are elsewhere. Raises InvalidInputError."""
+def check_parameters(field: str, parameters: Mapping[str, InferParameter]) -> None:
+    """Raise InvalidInputError for parameters that say that a tensor's contents are elsewhere; ignore all others."""
     if "shared_memory_region" in parameters:
-        raise InvalidInputError(f"{where}.parameters", "shared memory is not offered; send the contents in the request")
+        raise InvalidInputError(f"{field}.parameters", "shared memory is not supported; send the contents in the request")
 
 
 def check_outputs(request: ModelInferRequest, card: Card) -> None:
-    """Raise InvalidInputError unless the requested outputs are the one that there is, once."""
+    """Raise InvalidInputError unless the model's one output is requested, once."""
     for i, output in enumerate(request.outputs):
         check_parameters(f"outputs[{i}]", output.parameters)
         if output.name != card.output.name:
-            raise InvalidInputError(f"outputs[{i}].name", f"{card.name} has no output {output.name!r}; it has {card.output.name!r}")
+            raise InvalidInputError(f"outputs[{i}].name", f"{card.name}: expected {card.output.name!r}, got {output.name!r}")
         if i:
-            raise InvalidInputError("outputs", f"{card.output.name!r} is asked for more than once; once is enough")
+            raise InvalidInputError("outputs", f"{card.output.name!r} must be requested only once")
 
 
 def _from_raw(content: bytes, expected: Tensor, shape: tuple[int, ...]) -> Rows:
-    """The values of an entry of raw_input_contents."""
-    wanted = prod(shape) * expected.dtype.itemsize
-    if len(content) != wanted:
+    """(*shape) from an entry of raw_input_contents."""
+    size = prod(shape) * expected.dtype.itemsize
+    if len(content) != size:
         raise InvalidInputError(
-            "raw_input_contents[0]", f"the shape needs {wanted} bytes of {expected.datatype}, got {len(content)}"
+            "raw_input_contents[0]", f"expected {size} bytes of {expected.datatype} for this shape, got {len(content)}"
         )
     return np.frombuffer(content, expected.dtype).reshape(shape)
 
 
-def _from_typed(contents: InferTensorContents, expected: Tensor, wanted: int) -> Rows:
-    """The flat values of a typed field."""
-    field = CONTENTS[expected.datatype]
+def _from_typed(contents: InferTensorContents, expected: Tensor, size: int) -> Rows:
+    """(size,) from the typed field of the datatype."""
+    field = DATATYPES[expected.datatype].contents_field
     for descriptor, _ in contents.ListFields():
         if descriptor.name != field:
-            raise InvalidInputError(f"inputs[0].contents.{descriptor.name}", f"{expected.datatype} goes into {field}")
-    sent = getattr(contents, field)
-    if len(sent) != wanted:
-        raise InvalidInputError(f"inputs[0].contents.{field}", f"the shape needs {wanted} values, got {len(sent)}")
-    values = np.array(sent, dtype=np.uint32 if expected.datatype == "UINT8" else expected.dtype)
-    if expected.datatype == "UINT8" and values.size and values.max() > np.iinfo(np.uint8).max:
-        raise InvalidInputError(f"inputs[0].contents.{field}", f"{values.max()} is no UINT8; use 0 to 255")
-    return values.astype(expected.dtype, copy=False)
+            raise InvalidInputError(f"inputs[0].contents.{descriptor.name}", f"expected {expected.datatype} values in {field}")
+    values = getattr(contents, field)
+    if len(values) != size:
+        raise InvalidInputError(f"inputs[0].contents.{field}", f"expected {size} values for this shape, got {len(values)}")
+    array = np.array(values, dtype=np.uint32 if expected.datatype == "UINT8" else expected.dtype)
+    if expected.datatype == "UINT8" and array.size and array.max() > np.iinfo(np.uint8).max:
+        raise InvalidInputError(f"inputs[0].contents.{field}", f"UINT8 must be 0 to 255, got {array.max()}")
+    return array.astype(expected.dtype, copy=False)
 
 
-def encode(rows: Rows, request: ModelInferRequest, card: Card) -> ModelInferResponse:
-    """The response with the output tensor, (batch, *shape). Raw contents in, raw contents out; typed in, typed out."""
-    output = ModelInferResponse.InferOutputTensor(name=card.output.name, datatype=card.output.datatype, shape=rows.shape)
+def encode_response(output: Rows, request: ModelInferRequest, card: Card) -> ModelInferResponse:
+    """The response with the output tensor, (batch, *shape): raw contents for a raw request, typed contents for a typed one."""
+    tensor = ModelInferResponse.InferOutputTensor(name=card.output.name, datatype=card.output.datatype, shape=output.shape)
     raw = []
     if request.raw_input_contents:
-        raw.append(rows.tobytes())
+        raw.append(output.tobytes())
     else:
-        getattr(output.contents, CONTENTS[card.output.datatype]).extend(rows.ravel().tolist())
+        getattr(tensor.contents, DATATYPES[card.output.datatype].contents_field).extend(output.ravel().tolist())
     return ModelInferResponse(
-        model_name=card.name, model_version=card.version, id=request.id, outputs=[output], raw_output_contents=raw
+        model_name=card.name, model_version=card.version, id=request.id, outputs=[tensor], raw_output_contents=raw
     )

@@ -1,9 +1,8 @@
-"""OpenTelemetry traces: a span for each call, continuing its caller's trace, and in it the time in the queue and in the engine."""
+"""OpenTelemetry traces: a span per call that continues the caller's trace, with child spans for the queue and the engine."""
 
 import time
 
 import grpc
-from opentelemetry import trace
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 from opentelemetry.instrumentation.grpc import aio_server_interceptor
 from opentelemetry.sdk.resources import Resource
@@ -12,7 +11,7 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
 
 class Tracing:
-    """Spans of this process, sent to a collector."""
+    """Sends the spans of this process to a collector."""
 
     def __init__(self, endpoint: str) -> None:
         """`endpoint` speaks OTLP over gRPC: http://host:4317, or https."""
@@ -23,19 +22,17 @@ class Tracing:
 
     def interceptor(self) -> grpc.aio.ServerInterceptor:
         """Opens a span for each call and makes it the current one."""
-        made: grpc.aio.ServerInterceptor = aio_server_interceptor(tracer_provider=self._provider)  # type: ignore[no-untyped-call]
-        return made
+        return aio_server_interceptor(tracer_provider=self._provider)  # type: ignore[no-any-return, no-untyped-call]
 
-    def batch(self, put: float, began: float, ended: float) -> None:
-        """A request of the current call was put into the queue, and its batch began and ended: seconds of time.perf_counter."""
-        for name, start, stop in (("queue", put, began), ("compute", began, ended)):
-            span = self._tracer.start_span(name, start_time=self._nanoseconds(start), kind=trace.SpanKind.INTERNAL)
-            span.end(self._nanoseconds(stop))
+    def record_batch(self, queued: float, started: float, ended: float) -> None:
+        """Add the queue and compute spans of a request to the current call. Times are of time.perf_counter."""
+        for name, start, end in (("queue", queued, started), ("compute", started, ended)):
+            span = self._tracer.start_span(name, start_time=self._nanoseconds(start))
+            span.end(self._nanoseconds(end))
 
     def close(self) -> None:
-        """Send what has not been sent."""
+        """Send the remaining spans."""
         self._provider.shutdown()
 
     def _nanoseconds(self, seconds: float) -> int:
-        """Since the epoch."""
         return int((self._epoch + seconds) * 1e9)

@@ -1,20 +1,18 @@
-"""Several processes on one port: a small parent starts them, replaces what dies and drains all on SIGTERM.
+"""Several processes on one port: a small parent starts them, replaces those that die, and drains all on SIGTERM.
 
-    parent  --stdin: "3 of 4" whenever that changes; its end means stop-->       worker
-            --stdin: "load NAME", "unload NAME": another worker was asked to-->
-    parent  <--stdout: Repository.engines as JSON, once it accepts calls--       worker
-            <--stdout: "! " and why it cannot start--
-            <--stdout: "load NAME", "unload NAME": a client asked, and it is done--
+    parent --stdin: "3 of 4" when the number of running workers changes; end of file means stop--> worker
+           --stdin: "load NAME", "unload NAME": a client asked another worker for it-->
+           <--stdout: Repository.engines as JSON, once it accepts calls--
+           <--stdout: "! " and the reason why it cannot start--
+           <--stdout: "load NAME", "unload NAME": done as a client asked--
 
-Each worker (`python -m tercet.server.workers CONFIG`) listens with SO_REUSEPORT and has engines of its own; the kernel spreads the
-connections.
-Health has the name `workers`: SERVING while all of them run.
+Each worker (`python -m tercet.server.workers CONFIG FILE`) listens with SO_REUSEPORT and has its own engines; the kernel spreads
+the connections. The health service reports SERVING for the name `workers` while all of them run.
 """
 
 import asyncio
 import contextlib
 import logging
-import os
 import signal
 import sys
 import time
@@ -22,79 +20,82 @@ from asyncio.subprocess import PIPE, Process
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from tempfile import TemporaryDirectory
-from typing import Any
+from tempfile import TemporaryFile
 
 import msgspec
 
 from tercet.errors import ServiceError, StartupError
-from tercet.server import logs
 from tercet.server.config import Config
-from tercet.server.metrics import Sum, tell
-from tercet.server.port import hold
+from tercet.server.security import reserve_port
+from tercet.server.telemetry import MEMORY_BYTES, MetricMemory, configure_logging, start_metrics_server
 
 log = logging.getLogger(__name__)
 
-BACKOFF = (0.1, 10.0)  # seconds before a worker that has just started is replaced: at first, and at most, doubled each time
-HEALTHY = 1.0  # seconds that a worker has to serve for its replacement to start at once
+MIN_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 0.1, 10.0  # before a worker that keeps dying is replaced; doubled each time
+HEALTHY_SECONDS = 1.0  # a worker that ran for longer is replaced at once
 
 
 class Workers:
-    """The parent's view of its workers."""
+    """The workers, as the parent sees them."""
 
     def __init__(self, config: Config) -> None:
-        """Take the port, so that it is known and all workers can share it. Raises StartupError when it is taken."""
-        self._socket = hold(config)
+        """Reserve the port. Raises StartupError when it is taken."""
+        self._socket = reserve_port(config)
         self.config = replace(config, port=self._socket.getsockname()[1])
         self._running: dict[int, Process] = {}
-        self._counted = TemporaryDirectory(prefix="tercet-metrics-") if config.metrics_port is not None else None
-        self._sum = Sum(self._counted.name) if self._counted else None
         self._stopping = asyncio.Event()
-        self._unloaded: set[bytes] = set()  # models; what a worker that starts has to be told
+        self._unloaded: set[bytes] = set()  # names of models, for workers that start later
+        self._files = [TemporaryFile() for _ in range(config.workers if config.metrics_port is not None else 0)]  # noqa: SIM115
+        for file in self._files:
+            file.truncate(MEMORY_BYTES)
+        self._memories = [MetricMemory(file.fileno()) for file in self._files]
+        self._memory = MetricMemory()  # the parent's own metrics
 
     async def run(self, ready: Callable[[Config, Mapping[str, str]], None]) -> None:
         """Keep all workers running until SIGTERM or SIGINT, then drain them. `ready` is called once all accept calls.
 
-        Raises StartupError when a worker does not start in the first place.
+        Raises StartupError when a worker does not start the first time.
         """
+        loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, self._stopping.set)
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._signal, signal.SIGHUP)
-        if self._sum:
-            self.config = replace(self.config, metrics_port=tell(self._sum.registry, self.config))
+            loop.add_signal_handler(number, self._stopping.set)
+        loop.add_signal_handler(signal.SIGHUP, self._signal, signal.SIGHUP)
+        if self.config.metrics_port is not None:
+            self._memory.values("tercet_worker_restarts_total")  # 0 from the start
+            port = start_metrics_server(self.config, [self._memory, *self._memories])
+            self.config = replace(self.config, metrics_port=port)
         try:
-            first = await asyncio.gather(*(self._start(index) for index in range(self.config.workers)))
-            ready(self.config, first[0])
-            keepers = [asyncio.create_task(self._keep(index)) for index in range(self.config.workers)]
+            engines = await asyncio.gather(*(self._start(index) for index in range(self.config.workers)))
+            ready(self.config, engines[0])
+            keepers = [asyncio.create_task(self._keep_running(index)) for index in range(self.config.workers)]
             await self._stopping.wait()
             log.info("shutting down %d workers", len(self._running))
-            self._terminate()
+            self._signal(signal.SIGTERM)
             await asyncio.gather(*keepers)
         finally:
-            self._terminate()
+            self._signal(signal.SIGTERM)
             self._socket.close()
-            if self._counted:
-                self._counted.cleanup()
 
     async def _start(self, index: int) -> dict[str, str]:
         """Start a worker; return its Repository.engines once it accepts calls. Raises StartupError when it does not."""
-        command = [sys.executable, "-P", "-m", "tercet.server.workers", msgspec.json.encode(self.config, enc_hook=str).decode()]
-        environment = {**os.environ, **({"PROMETHEUS_MULTIPROC_DIR": self._counted.name} if self._counted else {})}
-        process = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE, start_new_session=True, env=environment)
+        files = [self._files[index].fileno()] if self._files else []
+        arguments = [msgspec.json.encode(self.config, enc_hook=str).decode(), *map(str, files)]
+        command = [sys.executable, "-P", "-m", "tercet.server.workers", *arguments]
+        process = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE, start_new_session=True, pass_fds=files)
         self._running[index] = process
-        if self._stopping.is_set():  # since it was decided to start this one
+        if self._stopping.is_set():  # SIGTERM came while it was created
             process.terminate()
         assert process.stdout is not None  # noqa: S101  for the type checker: it is a PIPE
         line = (await process.stdout.readline()).decode().strip()
         if not line or line.startswith("! "):
             raise StartupError(line[2:] or "a worker did not start; its own message is above")
-        self._tell()
+        self._broadcast_worker_count()
         for name in self._unloaded:
             _write(process, b"unload " + name)
         return msgspec.json.decode(line, type=dict[str, str])
 
-    async def _relay(self, process: Process) -> None:
-        """Let the other workers do what a client asked one of them to do."""
+    async def _relay_commands(self, process: Process) -> None:
+        """Pass on to the other workers what a client asked one of them to do, until it ends."""
         assert process.stdout is not None  # noqa: S101  for the type checker: it is a PIPE
         while line := await process.stdout.readline():
             verb, _, name = line.partition(b" ")
@@ -103,21 +104,20 @@ class Workers:
                 if other is not process:
                     _write(other, line)
 
-    async def _keep(self, index: int) -> None:
-        """Replace one worker whenever it dies, until the end."""
-        backoff, since = 0.0, time.monotonic()
+    async def _keep_running(self, index: int) -> None:
+        """Replace a worker whenever it dies, until shutdown."""
+        backoff, started = 0.0, time.monotonic()
         while True:
             process = self._running[index]
-            await self._relay(process)
+            await self._relay_commands(process)
             status = await process.wait()
             del self._running[index]
             if self._stopping.is_set():
                 return
-            backoff = 0.0 if time.monotonic() - since > HEALTHY else min(max(2 * backoff, BACKOFF[0]), BACKOFF[1])
+            healthy = time.monotonic() - started > HEALTHY_SECONDS
+            backoff = 0.0 if healthy else min(max(2 * backoff, MIN_BACKOFF_SECONDS), MAX_BACKOFF_SECONDS)
             log.error("worker %d (process %d) ended with %d; the next one starts in %g s", index, process.pid, status, backoff)
-            self._tell()
-            if self._sum:
-                self._sum.bury(process.pid)
+            self._mark_dead(index)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), backoff)
             if self._stopping.is_set():
@@ -126,27 +126,27 @@ class Workers:
                 await self._start(index)
             except StartupError as error:
                 if not self._stopping.is_set():
-                    log.error("worker %d: %s", index, error)  # noqa: TRY400  a sentence, not a traceback
-            since = time.monotonic()
+                    log.error("worker %d: %s", index, error)  # noqa: TRY400  the operator needs no traceback
+            started = time.monotonic()
 
-    def _tell(self) -> None:
-        """Let every worker know how many there are, for its health service."""
+    def _mark_dead(self, index: int) -> None:
+        self._memory.values("tercet_worker_restarts_total")[0] += 1
+        if self._memories:
+            self._memories[index].clear_gauges()
+        self._broadcast_worker_count()
+
+    def _broadcast_worker_count(self) -> None:
+        """Tell all workers how many run, for their health services."""
         for process in self._running.values():
             _write(process, f"{len(self._running)} of {self.config.workers}\n".encode())
 
-    def _terminate(self) -> None:
-        """Ask every worker to drain and end."""
-        self._signal(signal.SIGTERM)
-
     def _signal(self, number: signal.Signals) -> None:
-        """Send a signal to every worker."""
         for process in self._running.values():
             with contextlib.suppress(ProcessLookupError):
                 process.send_signal(number)
 
 
 def _write(process: Process, line: bytes) -> None:
-    """Tell a worker something, unless it is about to end."""
     if process.stdin and not process.stdin.is_closing():
         process.stdin.write(line)
 
@@ -156,21 +156,21 @@ async def serve(config: Config, ready: Callable[[Config, Mapping[str, str]], Non
     await Workers(config).run(ready)
 
 
-async def work(config: Config) -> None:
-    """Be a worker: serve until SIGTERM or until the parent is gone; health follows what the parent tells."""
-    from tercet.server.app import Server  # noqa: PLC0415  the parent does without
+async def _work(config: Config, memory: MetricMemory) -> None:
+    """Run one worker until SIGTERM, or until the parent ends."""
+    from tercet.server.app import Server  # noqa: PLC0415  the parent does not need it
 
-    told = asyncio.StreamReader()
-    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(told), sys.stdin)
-    server = Server(config, relay=partial(print, flush=True))
+    commands = asyncio.StreamReader()
+    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(commands), sys.stdin)
+    server = Server(config, memory=memory, relay=partial(print, flush=True))
     await server.start()
     print(msgspec.json.encode(server.repository.engines()).decode(), flush=True)
 
     async def listen() -> None:
-        while line := await told.readline():
+        while line := await commands.readline():
             first, *_, last = line.decode().split()
             if first in ("load", "unload"):
-                with contextlib.suppress(ServiceError):  # it is in the log
+                with contextlib.suppress(ServiceError):  # the log has it
                     await server.command(line.decode().strip(), relayed=True)
             else:
                 await server.set_health("workers", serving=first == last)
@@ -182,21 +182,18 @@ async def work(config: Config) -> None:
         listening.cancel()
 
 
-def main() -> None:
-    """Read the settings from the command line and be a worker."""
-    import uvloop  # noqa: PLC0415  the parent does without
+def main(config_json: str, file: str = "-1") -> None:
+    """Run a worker with a Config in JSON that counts its metrics in the file with this descriptor."""
+    import uvloop  # noqa: PLC0415  the parent does not need it
 
-    def decode(kind: type, value: Any) -> Any:
-        return kind(value)  # a Path; JSON has none
-
-    config = msgspec.json.decode(sys.argv[1], type=Config, dec_hook=decode)
-    logs.configure(config.log_format)
+    config = msgspec.json.decode(config_json, type=Config, dec_hook=lambda kind, value: kind(value))  # JSON has no Path
+    configure_logging(config.log_format)
     try:
-        uvloop.run(work(config))
+        uvloop.run(_work(config, MetricMemory(int(file))))
     except StartupError as error:
         print("!", str(error).replace("\n", " "), flush=True)
         sys.exit(1)
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -1,37 +1,37 @@
 """tercet.v1.Diabetes: measurements of patients."""
+# ruff: noqa: N802  methods are named after their RPCs
 
 from typing import Any
 
 import numpy as np
 
 from tercet.card import Card, Rows
-from tercet.errors import answers
 from tercet.proto import diabetes_pb2_grpc
 from tercet.proto.diabetes_pb2 import Assessment, AssessRequest, AssessResponse, Patient
-from tercet.server.servicers import Face
+from tercet.server.rpc import unary_rpc
+from tercet.server.servicers.base import BaseServicer
 
 POSITIVE = "positive"
 
 
-class DiabetesServicer(Face, diabetes_pb2_grpc.DiabetesServicer):
+class DiabetesServicer(BaseServicer, diabetes_pb2_grpc.DiabetesServicer):
     """Answers with the model `diabetes`."""
 
-    @answers
-    async def Assess(self, request: AssessRequest, _context: Any) -> AssessResponse:  # noqa: N802
-        """Estimate each patient's probability."""
-        model = self._repository.get("diabetes")
-        model.admit(request.patients, "patients")  # before they are decoded, which takes long for very many
-        patients = np.array([decode(patient, model.card) for patient in request.patients], dtype=np.float32)
-        return encode(await model.infer(patients, "patients[{row}].{feature}"), model.card)
+    @unary_rpc
+    async def Assess(self, request: AssessRequest, _context: Any) -> AssessResponse:
+        model = self.backend.repository.get("diabetes")
+        model.check_row_count(request.patients, "patients")  # before decoding, which is slow for very many
+        rows = np.array([decode_patient(patient, model.card) for patient in request.patients], dtype=np.float32)
+        return encode_response(await model.infer(rows, "patients[{row}].{feature}"), model.card)
 
 
-def decode(patient: Patient, card: Card) -> list[float]:
-    """One patient's measurements in the order of the card; NaN where there is none."""
+def decode_patient(patient: Patient, card: Card) -> list[float]:
+    """The measurements in the order of the card; NaN where there is none."""
     names = [feature.name for feature in card.input.features]
     return [getattr(patient, name) if patient.HasField(name) else np.nan for name in names]
 
 
-def encode(probabilities: Rows, card: Card) -> AssessResponse:
+def encode_response(probabilities: Rows, card: Card) -> AssessResponse:
     """(batch, 2) -> the response."""
     positive = probabilities[:, card.labels.index(POSITIVE)].tolist()
     labels = [card.labels[i] for i in probabilities.argmax(axis=1)]

@@ -1,4 +1,5 @@
-"""tercet.v1.Digits: pictures of handwritten digits."""
+"""tercet.v1.Digits: images of handwritten digits."""
+# ruff: noqa: N802  methods are named after their RPCs
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
@@ -7,53 +8,51 @@ from typing import Any
 import numpy as np
 
 from tercet.card import Rows
-from tercet.errors import InvalidInputError, answers
+from tercet.errors import InvalidInputError
 from tercet.proto import digits_pb2_grpc
 from tercet.proto.digits_pb2 import ClassifyRequest, ClassifyResponse, Digit, Image
-from tercet.server.images import SIDE, Allowance, decode_image
-from tercet.server.repository import Repository
-from tercet.server.servicers import Face
+from tercet.server.images import SIDE, PixelBudget, decode_image
+from tercet.server.rpc import unary_rpc
+from tercet.server.servicers.base import Backend, BaseServicer
 
-DECODERS = 4  # pictures that are decoded at a time; a large one takes up to 0.3 GB
+DECODER_THREADS = 4  # a large image takes up to 0.3 GB while it is decoded
 
 
-class DigitsServicer(Face, digits_pb2_grpc.DigitsServicer):
+class DigitsServicer(BaseServicer, digits_pb2_grpc.DigitsServicer):
     """Answers with the model `mnist`."""
 
-    def __init__(self, repository: Repository) -> None:
-        super().__init__(repository)
-        self._decoders = ThreadPoolExecutor(DECODERS)
+    def __init__(self, backend: Backend) -> None:
+        super().__init__(backend)
+        self._decoders = ThreadPoolExecutor(DECODER_THREADS)
 
-    @answers
-    async def Classify(self, request: ClassifyRequest, _context: Any) -> ClassifyResponse:  # noqa: N802
-        """Read each picture's digit."""
-        model = self._repository.get("mnist")
-        model.admit(request.images, "images")
-        images = await asyncio.get_running_loop().run_in_executor(self._decoders, decode, request)  # a large picture takes long
-        return encode(await model.infer(images, "images[{row}]"))
-
-
-def decode(request: ClassifyRequest) -> Rows:
-    """All pictures, (batch, 28, 28) uint8. Raises InvalidInputError."""
-    allowance = Allowance()
-    return np.array([decode_one(image, f"images[{i}]", allowance) for i, image in enumerate(request.images)], dtype=np.uint8)
+    @unary_rpc
+    async def Classify(self, request: ClassifyRequest, _context: Any) -> ClassifyResponse:
+        model = self.backend.repository.get("mnist")
+        model.check_row_count(request.images, "images")
+        rows = await asyncio.get_running_loop().run_in_executor(self._decoders, decode_request, request)  # may take seconds
+        return encode_response(await model.infer(rows, "images[{row}]"))
 
 
-def decode_one(image: Image, where: str, allowance: Allowance) -> Rows:
-    """One picture as (28, 28) uint8. Raises InvalidInputError."""
+def decode_request(request: ClassifyRequest) -> Rows:
+    """All images, (batch, 28, 28) uint8. Raises InvalidInputError."""
+    budget = PixelBudget()
+    return np.array([_decode(image, f"images[{i}]", budget) for i, image in enumerate(request.images)], dtype=np.uint8)
+
+
+def _decode(image: Image, field: str, budget: PixelBudget) -> Rows:
     match image.WhichOneof("content"):
         case "pixels":
             pixels = image.pixels
             if len(pixels) != SIDE * SIDE:
-                raise InvalidInputError(f"{where}.pixels", f"{SIDE} x {SIDE} pixels are {SIDE * SIDE} bytes, got {len(pixels)}")
+                raise InvalidInputError(f"{field}.pixels", f"expected {SIDE} x {SIDE} = {SIDE * SIDE} bytes, got {len(pixels)}")
             return np.frombuffer(pixels, np.uint8).reshape(SIDE, SIDE)
         case "encoded":
-            return decode_image(image.encoded, f"{where}.encoded", allowance)
+            return decode_image(image.encoded, f"{field}.encoded", budget)
         case _:
-            raise InvalidInputError(where, "is empty: set pixels or encoded")
+            raise InvalidInputError(field, "is empty: set pixels or encoded")
 
 
-def encode(probabilities: Rows) -> ClassifyResponse:
+def encode_response(probabilities: Rows) -> ClassifyResponse:
     """(batch, 10) -> the response."""
     best = probabilities.argmax(axis=1).tolist()
     return ClassifyResponse(digits=[Digit(digit=d, probabilities=p) for d, p in zip(best, probabilities.tolist(), strict=True)])

@@ -1,4 +1,5 @@
-"""tercet.v1.FizzBuzz: what to say for a number."""
+"""tercet.v1.FizzBuzz: the word for a number, or for each number of a range."""
+# ruff: noqa: N802  methods are named after their RPCs
 
 from collections.abc import AsyncIterator, Iterator
 from itertools import islice
@@ -7,57 +8,58 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tercet.card import Card, Rows
-from tercet.errors import InvalidInputError, answers, streams
+from tercet.errors import InvalidInputError
 from tercet.proto import fizzbuzz_pb2_grpc
 from tercet.proto.fizzbuzz_pb2 import AnswerRequest, AnswerResponse, CountRequest, CountResponse
 from tercet.server.repository import Model, Repository
-from tercet.server.servicers import Face
+from tercet.server.rpc import streaming_rpc, unary_rpc
+from tercet.server.servicers.base import BaseServicer
 
-CHUNK = 64  # numbers of a count that are asked for at once
+COUNT_CHUNK_ROWS = 64  # numbers of a Count per call of the model
 
 
-class FizzBuzzServicer(Face, fizzbuzz_pb2_grpc.FizzBuzzServicer):
-    """Answers with the models `fizzbuzz` and `fizzbuzz_any`; see `choose`."""
+class FizzBuzzServicer(BaseServicer, fizzbuzz_pb2_grpc.FizzBuzzServicer):
+    """Answers with the models `fizzbuzz` and `fizzbuzz_any`; see `split_by_model`."""
 
-    @answers
-    async def Answer(self, request: AnswerRequest, _context: Any) -> AnswerResponse:  # noqa: N802
-        """Say what to say for each number."""
-        widest(self._repository).admit(request.numbers, "numbers")
+    @unary_rpc
+    async def Answer(self, request: AnswerRequest, _context: Any) -> AnswerResponse:
+        widest_model(self.backend.repository).check_row_count(request.numbers, "numbers")
         numbers = np.array(request.numbers, dtype=np.int64)
-        said = await say(self._repository, numbers, "numbers[{row}]")
-        return AnswerResponse(words=said.words, models=said.models)
+        answers = await answer_numbers(self.backend.repository, numbers, "numbers[{row}]")
+        return AnswerResponse(words=answers.words, models=answers.models)
 
-    @streams
-    async def Count(self, request: CountRequest, _context: Any) -> AsyncIterator[CountResponse]:  # noqa: N802
-        """Count from start to stop, both included."""
-        for numbers in chunks(request, widest(self._repository).card):
-            for number, word, model in zip(numbers, *await say(self._repository, numbers, "start"), strict=True):
+    @streaming_rpc
+    async def Count(self, request: CountRequest, _context: Any) -> AsyncIterator[CountResponse]:
+        repository = self.backend.repository
+        for numbers in count_chunks(request, widest_model(repository).card):
+            answers = await answer_numbers(repository, numbers, "start")
+            for number, word, model in zip(numbers, *answers, strict=True):
                 yield CountResponse(number=number, word=word, model=model)
 
 
-class Said(NamedTuple):
-    """What to say for each number, and the names of the models that say so."""
+class Answers(NamedTuple):
+    """For each number the word, and the name of the model that predicted it."""
 
     words: list[str]
     models: list[str]
 
 
-async def say(repository: Repository, numbers: Rows, where: str) -> Said:
-    """Ask the models. `where` names the field that the numbers came from; raises all that Model.infer raises."""
-    said = Said([""] * len(numbers), [""] * len(numbers))
-    for model, rows in choose(repository, numbers):
-        some = numbers[rows]
-        for row, word in zip(rows.tolist(), words(some, await model.infer(some, where), model.card), strict=True):
-            said.words[row], said.models[row] = word, model.card.name
-    return said
+async def answer_numbers(repository: Repository, numbers: Rows, field: str) -> Answers:
+    """Answer `numbers`, (n,) int64, which come from a field of the request. Raises what Model.infer raises."""
+    answers = Answers([""] * len(numbers), [""] * len(numbers))
+    for model, rows in split_by_model(repository, numbers):
+        part = numbers[rows]
+        for row, word in zip(rows.tolist(), to_words(part, await model.infer(part, field), model.card), strict=True):
+            answers.words[row], answers.models[row] = word, model.card.name
+    return answers
 
 
-def choose(repository: Repository, numbers: Rows) -> list[tuple[Model, Rows]]:
-    """Which model answers which rows: `fizzbuzz` the numbers in its range, `fizzbuzz_any` the others, when it is loaded.
+def split_by_model(repository: Repository, numbers: Rows) -> list[tuple[Model, Rows]]:
+    """The rows for each model: `fizzbuzz` answers numbers in its range, `fizzbuzz_any` the others if it is loaded.
 
     Raises what Repository.get raises.
     """
-    small, wide = repository.get("fizzbuzz"), widest(repository)
+    small, wide = repository.get("fizzbuzz"), widest_model(repository)
     [feature] = small.card.input.features
     inside = (numbers >= feature.minimum) & (numbers <= feature.maximum)
     if wide is small or inside.all():
@@ -65,24 +67,24 @@ def choose(repository: Repository, numbers: Rows) -> list[tuple[Model, Rows]]:
     return [(model, rows) for model, rows in ((small, np.flatnonzero(inside)), (wide, np.flatnonzero(~inside))) if len(rows)]
 
 
-def widest(repository: Repository) -> Model:
-    """The model with the widest range that is loaded."""
-    return repository.get("fizzbuzz_any" if "fizzbuzz_any" in repository.names() else "fizzbuzz")
+def widest_model(repository: Repository) -> Model:
+    """The loaded model with the widest range. Raises what Repository.get raises."""
+    return repository.get("fizzbuzz_any" if "fizzbuzz_any" in repository.loaded_names() else "fizzbuzz")
 
 
-def chunks(request: CountRequest, card: Card) -> Iterator[Rows]:
-    """The numbers of a count, in pieces. Raises InvalidInputError before the first when any of them is out of range."""
+def count_chunks(request: CountRequest, card: Card) -> Iterator[Rows]:
+    """The numbers of a Count, chunk by chunk. Raises InvalidInputError before the first when any of them is out of range."""
     step = request.step if request.HasField("step") else 1
     if step == 0:
-        raise InvalidInputError("step", "0 never ends; leave it out for 1")
+        raise InvalidInputError("step", "must not be 0; leave it out for 1")
     for field in ("start", "stop"):
         card.input.check(np.array([getattr(request, field)]), field)
     numbers = iter(range(request.start, request.stop + (1 if step > 0 else -1), step))
-    while chunk := list(islice(numbers, CHUNK)):
+    while chunk := list(islice(numbers, COUNT_CHUNK_ROWS)):
         yield np.array(chunk, dtype=np.int64)
 
 
-def words(numbers: Rows, probabilities: Rows, card: Card) -> list[str]:
-    """What to say: the label with the highest probability, or the number itself."""
+def to_words(numbers: Rows, probabilities: Rows, card: Card) -> list[str]:
+    """The label with the highest probability, or the number itself."""
     labels = [card.labels[i] for i in probabilities.argmax(axis=1)]
     return [str(number) if label == "number" else label for number, label in zip(numbers, labels, strict=True)]

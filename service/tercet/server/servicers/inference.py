@@ -1,7 +1,8 @@
 """inference.GRPCInferenceService: the Open Inference Protocol, for every model."""
+# ruff: noqa: N802  methods are named after their RPCs
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from importlib.metadata import version
 from time import perf_counter
 from typing import Any
@@ -9,247 +10,193 @@ from typing import Any
 import msgspec
 
 from tercet.card import Card, Tensor
-from tercet.errors import InvalidInputError, ModelUnavailableError, answers, known, refuse_unreadable, streams
+from tercet.errors import InvalidInputError, ModelUnavailableError
+from tercet.proto import inference_pb2 as pb
 from tercet.proto import inference_pb2_grpc
-from tercet.proto.inference_pb2 import (
-    InferBatchStatistics,
-    InferStatistics,
-    ModelConfig,
-    ModelConfigRequest,
-    ModelConfigResponse,
-    ModelDynamicBatching,
-    ModelInferRequest,
-    ModelInferResponse,
-    ModelInput,
-    ModelMetadataRequest,
-    ModelMetadataResponse,
-    ModelOutput,
-    ModelParameter,
-    ModelReadyRequest,
-    ModelReadyResponse,
-    ModelStatistics,
-    ModelStatisticsRequest,
-    ModelStatisticsResponse,
-    ModelStreamInferResponse,
-    RepositoryIndexRequest,
-    RepositoryIndexResponse,
-    RepositoryModelLoadRequest,
-    RepositoryModelLoadResponse,
-    RepositoryModelUnloadRequest,
-    RepositoryModelUnloadResponse,
-    ServerLiveRequest,
-    ServerLiveResponse,
-    ServerMetadataRequest,
-    ServerMetadataResponse,
-    ServerReadyRequest,
-    ServerReadyResponse,
-    StatisticDuration,
-)
-from tercet.server.config import Config
-from tercet.server.repository import Model, Repository
-from tercet.server.servicers import Face
-from tercet.server.statistics import Duration
-from tercet.server.tensors import WHERE, decode, encode
+from tercet.server.repository import Model
+from tercet.server.rpc import as_service_error, check_parsed, streaming_rpc, unary_rpc
+from tercet.server.servicers.base import BaseServicer
+from tercet.server.telemetry import Duration
+from tercet.server.tensors import INPUT_FIELD, decode_request, encode_response
 
-VERSION = version("tercet")  # now: it is read from the disk, where another may be installed meanwhile
-STREAM_WINDOW = 64  # requests of one stream that are answered at a time; more are not read
+VERSION = version("tercet")  # read at import: another version may be installed while this one runs
+STREAM_WINDOW = 64  # requests of one stream in work at a time; the stream is not read any further
 
 
-class InferenceServicer(Face, inference_pb2_grpc.GRPCInferenceServiceServicer):
-    """Answers with whichever model is asked for."""
+class InferenceServicer(BaseServicer, inference_pb2_grpc.GRPCInferenceServiceServicer):
+    """Answers with any model."""
 
-    def __init__(self, repository: Repository, command: Callable[[str], Awaitable[None]]) -> None:
-        """`command` obeys `load NAME` and `unload NAME`."""
-        super().__init__(repository)
-        self._command = command
+    @unary_rpc
+    async def ServerLive(self, _request: pb.ServerLiveRequest, _context: Any) -> pb.ServerLiveResponse:
+        return pb.ServerLiveResponse(live=True)
 
-    @answers
-    async def ServerLive(self, _request: ServerLiveRequest, _context: Any) -> ServerLiveResponse:  # noqa: N802
-        """Yes, when it answers at all."""
-        return ServerLiveResponse(live=True)
+    @unary_rpc
+    async def ServerReady(self, _request: pb.ServerReadyRequest, _context: Any) -> pb.ServerReadyResponse:
+        return pb.ServerReadyResponse(ready=self.backend.repository.ready)
 
-    @answers
-    async def ServerReady(self, _request: ServerReadyRequest, _context: Any) -> ServerReadyResponse:  # noqa: N802
-        """Whether every model is loaded, save those that were unloaded by request."""
-        return ServerReadyResponse(ready=self._repository.ready)
-
-    @answers
-    async def ModelReady(self, request: ModelReadyRequest, _context: Any) -> ModelReadyResponse:  # noqa: N802
-        """Whether one model is loaded; NOT_FOUND when there is no such model."""
+    @unary_rpc
+    async def ModelReady(self, request: pb.ModelReadyRequest, _context: Any) -> pb.ModelReadyResponse:
+        """Return whether a model is loaded. An unknown one is an error."""
         try:
-            self._repository.get(request.name, request.version)
+            self.backend.repository.get(request.name, request.version)
         except ModelUnavailableError:
-            return ModelReadyResponse(ready=False)
-        return ModelReadyResponse(ready=True)
+            return pb.ModelReadyResponse(ready=False)
+        return pb.ModelReadyResponse(ready=True)
 
-    @answers
-    async def ServerMetadata(self, _request: ServerMetadataRequest, _context: Any) -> ServerMetadataResponse:  # noqa: N802
-        """Name and version of this service; it has no extensions of the protocol."""
-        return ServerMetadataResponse(name="tercet", version=VERSION)
+    @unary_rpc
+    async def ServerMetadata(self, _request: pb.ServerMetadataRequest, _context: Any) -> pb.ServerMetadataResponse:
+        return pb.ServerMetadataResponse(name="tercet", version=VERSION)
 
-    @answers
-    async def ModelMetadata(self, request: ModelMetadataRequest, _context: Any) -> ModelMetadataResponse:  # noqa: N802
-        """Names, datatypes and shapes of a model's tensors."""
-        model = self._repository.get(request.name, request.version)
-        card, platform = model.card, model.engine.platform
-        return ModelMetadataResponse(
-            name=card.name,
-            versions=[card.version],
-            platform=platform,
-            inputs=[metadata(card.input)],
-            outputs=[metadata(card.output)],
+    @unary_rpc
+    async def ModelMetadata(self, request: pb.ModelMetadataRequest, _context: Any) -> pb.ModelMetadataResponse:
+        model = self.backend.repository.get(request.name, request.version)
+        return pb.ModelMetadataResponse(
+            name=model.card.name,
+            versions=[model.card.version],
+            platform=model.engine.platform,
+            inputs=[tensor_metadata(model.card.input)],
+            outputs=[tensor_metadata(model.card.output)],
         )
 
-    @answers
-    async def ModelInfer(self, request: ModelInferRequest, _context: Any) -> ModelInferResponse:  # noqa: N802
-        """One batch in, one batch out."""
+    @unary_rpc
+    async def ModelInfer(self, request: pb.ModelInferRequest, _context: Any) -> pb.ModelInferResponse:
         return await self._infer(request)
 
-    @answers
-    async def ModelConfig(self, request: ModelConfigRequest, _context: Any) -> ModelConfigResponse:  # noqa: N802
-        """How a model is batched, and what its card says to people."""
-        model, config = self._repository.get(request.name, request.version), self._repository.config
-        return ModelConfigResponse(config=describe(model, config))
+    @unary_rpc
+    async def ModelConfig(self, request: pb.ModelConfigRequest, _context: Any) -> pb.ModelConfigResponse:
+        return pb.ModelConfigResponse(config=model_config(self.backend.repository.get(request.name, request.version)))
 
-    @answers
-    async def ModelStatistics(self, request: ModelStatisticsRequest, _context: Any) -> ModelStatisticsResponse:  # noqa: N802
-        """What one model or, without a name, each has done in this process."""
-        names = [request.name] if request.name else self._repository.names()
-        return ModelStatisticsResponse(model_stats=[count(self._repository.get(name, request.version)) for name in names])
+    @unary_rpc
+    async def ModelStatistics(self, request: pb.ModelStatisticsRequest, _context: Any) -> pb.ModelStatisticsResponse:
+        repository = self.backend.repository
+        names = [request.name] if request.name else repository.loaded_names()
+        return pb.ModelStatisticsResponse(model_stats=[model_statistics(repository.get(name, request.version)) for name in names])
 
-    @answers
-    async def RepositoryIndex(self, request: RepositoryIndexRequest, _context: Any) -> RepositoryIndexResponse:  # noqa: N802
-        """All models of the folder."""
-        served = self._repository.names()
-        return RepositoryIndexResponse(
+    @unary_rpc
+    async def RepositoryIndex(self, request: pb.RepositoryIndexRequest, _context: Any) -> pb.RepositoryIndexResponse:
+        repository = self.backend.repository
+        loaded = repository.loaded_names()
+        return pb.RepositoryIndexResponse(
             models=[
-                RepositoryIndexResponse.ModelIndex(
+                pb.RepositoryIndexResponse.ModelIndex(
                     name=name,
-                    version=self._repository.get(name).card.version if name in served else "",
-                    state="READY" if name in served else "UNAVAILABLE",
-                    reason=self._repository.reason(name),
+                    version=repository.get(name).card.version if name in loaded else "",
+                    state="READY" if name in loaded else "UNAVAILABLE",
+                    reason=repository.reason(name),
                 )
-                for name in (served if request.ready else self._repository.known)
+                for name in (loaded if request.ready else repository.all_names())
             ]
         )
 
-    @answers
-    async def RepositoryModelLoad(  # noqa: N802
-        self, request: RepositoryModelLoadRequest, _context: Any
-    ) -> RepositoryModelLoadResponse:
-        """Serve what now lies in a model's folder."""
-        refuse_parameters(request)
-        await self._command(f"load {request.model_name}")
-        return RepositoryModelLoadResponse()
+    @unary_rpc
+    async def RepositoryModelLoad(self, request: pb.RepositoryModelLoadRequest, _context: Any) -> pb.RepositoryModelLoadResponse:
+        check_repository_parameters(request)
+        await self.backend.command(f"load {request.model_name}")
+        return pb.RepositoryModelLoadResponse()
 
-    @answers
-    async def RepositoryModelUnload(  # noqa: N802
-        self, request: RepositoryModelUnloadRequest, _context: Any
-    ) -> RepositoryModelUnloadResponse:
-        """Serve a model no more."""
-        refuse_parameters(request)
-        await self._command(f"unload {request.model_name}")
-        return RepositoryModelUnloadResponse()
+    @unary_rpc
+    async def RepositoryModelUnload(
+        self, request: pb.RepositoryModelUnloadRequest, _context: Any
+    ) -> pb.RepositoryModelUnloadResponse:
+        check_repository_parameters(request)
+        await self.backend.command(f"unload {request.model_name}")
+        return pb.RepositoryModelUnloadResponse()
 
-    @streams
-    async def ModelStreamInfer(  # noqa: N802
-        self, requests: AsyncIterator[ModelInferRequest], _context: Any
-    ) -> AsyncIterator[ModelStreamInferResponse]:
+    @streaming_rpc
+    async def ModelStreamInfer(
+        self, requests: AsyncIterator[pb.ModelInferRequest], _context: Any
+    ) -> AsyncIterator[pb.ModelStreamInferResponse]:
         """Answer a stream in order, up to STREAM_WINDOW requests at a time; errors go in band."""
         try:
             async with asyncio.TaskGroup() as tasks:
-                started: asyncio.Queue[asyncio.Task[ModelStreamInferResponse] | None] = asyncio.Queue(STREAM_WINDOW)
+                started: asyncio.Queue[asyncio.Task[pb.ModelStreamInferResponse] | None] = asyncio.Queue(STREAM_WINDOW)
 
-                async def start() -> None:
+                async def start_requests() -> None:
                     async for request in requests:
                         await started.put(tasks.create_task(self._infer_in_band(request)))
                     await started.put(None)
 
-                reading = tasks.create_task(start())
+                starting = tasks.create_task(start_requests())
                 try:
                     while task := await started.get():
                         yield await task
                 finally:
-                    reading.cancel()
-        except* GeneratorExit:  # the client has gone while it was written to, and gRPC lets go of this generator
+                    starting.cancel()
+        except* GeneratorExit:  # the client left during a write, and gRPC closes this generator
             pass
 
-    async def _infer_in_band(self, request: ModelInferRequest) -> ModelStreamInferResponse:
-        """Answer one request of a stream; never raises but when cancelled."""
+    async def _infer_in_band(self, request: pb.ModelInferRequest) -> pb.ModelStreamInferResponse:
+        """Answer one request of a stream; raises only when cancelled."""
         started = perf_counter()
         try:
-            response = ModelStreamInferResponse(infer_response=await self._infer(request))
-        except Exception as error:  # noqa: BLE001  whatever it is, it ends this request and not the stream
-            failure = known(error)
-            self.metrics.failed("ModelStreamInfer", failure.code.name)
-            return ModelStreamInferResponse(error_message=str(failure), infer_response=ModelInferResponse(id=request.id))
-        self.metrics.answered("ModelStreamInfer", perf_counter() - started)
+            response = pb.ModelStreamInferResponse(infer_response=await self._infer(request))
+        except Exception as error:  # noqa: BLE001  any exception ends this request and not the stream
+            failure = as_service_error(error)
+            self.backend.telemetry.call_failed("ModelStreamInfer", failure.code.name)
+            return pb.ModelStreamInferResponse(error_message=str(failure), infer_response=pb.ModelInferResponse(id=request.id))
+        self.backend.telemetry.call_answered("ModelStreamInfer", perf_counter() - started)
         return response
 
-    async def _infer(self, request: ModelInferRequest) -> ModelInferResponse:
-        """Decode, infer, encode."""
-        refuse_unreadable(request)  # those of a stream come one by one
-        model = self._repository.get(request.model_name, request.model_version)
-        rows = await model.infer(decode(request, model.card), WHERE)
-        return encode(rows, request, model.card)
+    async def _infer(self, request: pb.ModelInferRequest) -> pb.ModelInferResponse:
+        check_parsed(request)  # the requests of a stream are not checked before
+        model = self.backend.repository.get(request.model_name, request.model_version)
+        output = await model.infer(decode_request(request, model.card), INPUT_FIELD)
+        return encode_response(output, request, model.card)
 
 
-def metadata(tensor: Tensor) -> ModelMetadataResponse.TensorMetadata:
-    """A tensor with its batch axis."""
-    return ModelMetadataResponse.TensorMetadata(name=tensor.name, datatype=tensor.datatype, shape=[-1, *tensor.shape])
-
-
-def refuse_parameters(request: RepositoryModelLoadRequest | RepositoryModelUnloadRequest) -> None:
-    """Raise InvalidInputError for a parameter that would be ignored; Triton's `unload_dependents` means nothing here."""
+def check_repository_parameters(request: pb.RepositoryModelLoadRequest | pb.RepositoryModelUnloadRequest) -> None:
+    """Raise InvalidInputError for a parameter that would be ignored; Triton's `unload_dependents` changes nothing here."""
     for name in request.parameters:
         if name != "unload_dependents":
-            raise InvalidInputError(f"parameters[{name!r}]", "not known: models come from the service's folder as they are")
+            raise InvalidInputError(
+                f"parameters[{name!r}]", "is not supported: models are loaded from the service's folder as they are"
+            )
 
 
-def describe(model: Model, config: Config) -> ModelConfig:
-    """A model as Triton's configuration would have it."""
+def tensor_metadata(tensor: Tensor) -> pb.ModelMetadataResponse.TensorMetadata:
+    return pb.ModelMetadataResponse.TensorMetadata(name=tensor.name, datatype=tensor.datatype, shape=[-1, *tensor.shape])
+
+
+def model_config(model: Model) -> pb.ModelConfig:
+    """A model's configuration in Triton's terms."""
     card = model.card
-    return ModelConfig(
+    return pb.ModelConfig(
         name=card.name,
         platform=model.engine.platform,
-        backend=config.engine,
-        max_batch_size=config.max_request_rows,
-        input=[ModelInput(name=card.input.name, data_type=f"TYPE_{card.input.datatype}", dims=card.input.shape)],
-        output=[ModelOutput(name=card.output.name, data_type=f"TYPE_{card.output.datatype}", dims=card.output.shape)],
-        dynamic_batching=ModelDynamicBatching(max_queue_delay_microseconds=round(config.max_delay * 1e6)),
-        parameters={name: ModelParameter(string_value=value) for name, value in introduce(card).items()},
+        backend=model.engine.name.partition(" ")[0],  # without the version
+        max_batch_size=model.max_request_rows,
+        input=[pb.ModelInput(name=card.input.name, data_type=f"TYPE_{card.input.datatype}", dims=card.input.shape)],
+        output=[pb.ModelOutput(name=card.output.name, data_type=f"TYPE_{card.output.datatype}", dims=card.output.shape)],
+        dynamic_batching=pb.ModelDynamicBatching(max_queue_delay_microseconds=round(model.batcher.max_delay * 1e6)),
+        parameters={name: pb.ModelParameter(string_value=value) for name, value in card_parameters(card).items()},
     )
 
 
-def introduce(card: Card) -> dict[str, str]:
-    """What a card says to people; lists are JSON."""
+def card_parameters(card: Card) -> dict[str, str]:
+    """The parts of a card that clients show to people; lists are JSON."""
     lists = {"labels": card.labels, "features": card.input.features}
     texts = {"description": card.description, "intended_use": card.intended_use, "warning": card.warning}
     return texts | {name: msgspec.json.encode(value).decode() for name, value in lists.items()}
 
 
-def count(model: Model) -> ModelStatistics:
-    """A model's statistics in Triton's terms. Input and output are not copied apart from the run: their durations stay empty."""
-    found = model.statistics
-    batches = found.batches.copy()  # the engine's thread goes on counting
-    return ModelStatistics(
+def model_statistics(model: Model) -> pb.ModelStatistics:
+    """A model's statistics in Triton's terms. Input and output are not copied separately, so their durations stay empty."""
+    recorded = model.telemetry
+    batches = recorded.batches.copy()  # the engine's thread may add to it meanwhile
+    requests = {"success": recorded.success, "fail": recorded.fail, "queue": recorded.queue, "compute_infer": recorded.compute}
+    return pb.ModelStatistics(
         name=model.card.name,
         version=model.card.version,
-        last_inference=round(found.last * 1e3),
-        inference_count=found.rows,
+        last_inference=round(recorded.last_inference * 1e3),
+        inference_count=recorded.rows,
         execution_count=sum(batch.count for batch in batches.values()),
-        inference_stats=InferStatistics(
-            success=duration(found.success),
-            fail=duration(found.fail),
-            queue=duration(found.queue),
-            compute_infer=duration(found.compute),
-        ),
+        inference_stats=pb.InferStatistics(**{name: statistic_duration(each) for name, each in requests.items()}),
         batch_stats=[
-            InferBatchStatistics(batch_size=rows, compute_infer=duration(batch)) for rows, batch in sorted(batches.items())
+            pb.InferBatchStatistics(batch_size=rows, compute_infer=statistic_duration(batch))
+            for rows, batch in sorted(batches.items())
         ],
     )
 
 
-def duration(found: Duration) -> StatisticDuration:
-    """How often, and nanoseconds in all."""
-    return StatisticDuration(count=found.count, ns=round(found.seconds * 1e9))
+def statistic_duration(duration: Duration) -> pb.StatisticDuration:
+    return pb.StatisticDuration(count=duration.count, ns=round(duration.seconds * 1e9))

@@ -1,0 +1,29 @@
+"""`tercet fizzbuzz`."""
+
+from typing import TYPE_CHECKING
+
+import click
+
+from tercet.cli.options import client_options
+
+if TYPE_CHECKING:
+    from tercet.client import Client
+
+INT64 = click.IntRange(-(2**63), 2**63 - 1)
+
+
+@click.command(context_settings={"ignore_unknown_options": True})  # numbers may be negative
+@client_options
+@click.argument("start", type=INT64)
+@click.argument("stop", type=INT64)
+@click.argument("step", type=INT64, default=1)
+def fizzbuzz(client: "Client", start: int, stop: int, step: int) -> None:
+    """Count from START to STOP, both included.
+
+    \b
+    Examples:
+      tercet fizzbuzz 1 30
+      tercet fizzbuzz 15 1 -2
+    """  # noqa: D301
+    for _, word in client.count(start, stop, step):
+        click.echo(word)

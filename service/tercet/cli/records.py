@@ -1,0 +1,312 @@
+"""The input of `tercet predict`: text -> records -> rows of a client's codec, and predictions in the same order.
+
+A record is one argument, line or CSV row. Nothing is read before it is needed, so input may be of any length. The first record that
+is wrong ends it: the ones before are predicted, and the error names its place.
+"""
+
+import csv
+import glob
+import json
+import re
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from io import BufferedReader
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+import grpc
+
+from tercet.cli.options import CliError, unknown_model
+from tercet.client import MEASUREMENTS, Client
+
+BLOCK = 2**16  # bytes that are read from a file at once
+FORMATS = {".csv": "csv", ".json": "jsonl", ".jsonl": "jsonl", ".ndjson": "jsonl"}  # by suffix; lines for any other
+TOO_LARGE = "Received message larger than max"  # gRPC's text; a row that large is sent alone
+
+Fields = dict[str, Any]  # what is printed for a record
+
+
+class Record(NamedTuple):
+    place: str  # in the input, for errors
+    row: Any  # as the codec takes it
+    echo: Fields  # repeated in the output
+    last_ready: bool = False  # the next one has not arrived yet: predict before reading on
+
+
+class Adapter(NamedTuple):
+    """How the words of a command line become rows of a model, and its predictions become text. The first two raise ValueError."""
+
+    split: Callable[[Sequence[str]], Iterable[Any]]  # arguments -> records
+    parse: Callable[[Any], tuple[Any, Fields]]  # record -> row, and what the output repeats
+    predict: Callable[[Client, Iterable[Any]], Iterator[Fields]]
+    text: Callable[[Fields], str]
+    field: str  # of the request: the one that holds the rows
+    notice: str = ""  # shown once with the predictions
+
+
+def find_adapter(client: Client, model: str) -> Adapter:
+    """The adapter of a typed service, or one for JSON and tensors. Raises CliError for a model that the service does not know."""
+    if model in ADAPTERS:
+        return ADAPTERS[model]
+    try:
+        client.config(model)
+    except grpc.RpcError as error:
+        if error.code() is grpc.StatusCode.NOT_FOUND:
+            raise unknown_model(model, client.models()) from None
+        raise
+    return Adapter(
+        split=split_json,
+        parse=parse_json,
+        predict=lambda client, rows: ({"output": output.tolist()} for output in client.infer_each(model, rows)),
+        text=lambda fields: " ".join(f"{value:.4g}" for value in flatten(fields["output"])),
+        field="inputs[0]",
+    )
+
+
+def split_json(arguments: Sequence[str]) -> list[Any]:
+    rows = from_json(" ".join(arguments))
+    if not isinstance(rows, list):
+        raise ValueError(f"expected a JSON list of rows, for example '[15]', got {rows!r}")  # noqa: TRY004  see Adapter
+    return rows
+
+
+def parse_json(record: Any) -> tuple[Any, Fields]:
+    if isinstance(record, Mapping):
+        raise ValueError("expected a row such as [0.5, 1.0] per line, got named columns")  # noqa: TRY004
+    return record, {}
+
+
+def find_files(pattern: str) -> list[str]:
+    """The sorted files that a pattern matches, `**` at any depth; without wildcards the name itself."""
+    if not glob.has_magic(pattern) or Path(pattern).exists():
+        return [pattern]
+    files = sorted(path for path in glob.glob(pattern, recursive=True) if Path(path).is_file())  # noqa: PTH207  as in a shell
+    if not files:
+        raise ValueError(f"no file matches {pattern!r}")
+    return files
+
+
+def parse_picture(record: Any) -> tuple[bytes, Fields]:
+    path = str(column(record, "file"))
+    try:
+        with click.open_file(path, "rb") as file:
+            return file.read(), {"file": path}
+    except OSError as error:
+        reason = f"cannot read {path}: {error.strerror}"
+        raise ValueError(f"{reason}; expected PNG or JPEG files, or a pattern such as 'digits/*.png'") from None
+
+
+def parse_patient(record: Any) -> tuple[dict[str, float | None], Fields]:
+    """A patient from NAME=VALUE words, all values in order, or named columns. Names may be shortened; `-` is not measured."""
+    echo = {"id": record["id"]} if isinstance(record, Mapping) and "id" in record else {}
+    patient: dict[str, float | None] = {}
+    for name, value in named_values(record):
+        if name in echo:
+            continue
+        matches = [full for full in MEASUREMENTS if full.startswith(name.strip())]
+        if len(matches) != 1:
+            raise ValueError(f"unknown measurement {name!r}; expected one of {', '.join(MEASUREMENTS)}, or the beginning of one")
+        if matches[0] in patient:
+            raise ValueError(f"{matches[0]} is given twice")
+        patient[matches[0]] = None if value in ("-", "", None) else number(value, float, f"{name}: ")
+    return patient, echo
+
+
+def named_values(record: Any) -> Iterable[tuple[str, Any]]:
+    if isinstance(record, Mapping):
+        return record.items()
+    values = record.split() if isinstance(record, str) else record if isinstance(record, list | tuple) else [record]
+    if any("=" in str(value) for value in values):
+        return [(name, value) for name, _, value in (str(value).partition("=") for value in values)]
+    if len(values) != len(MEASUREMENTS):
+        order = " ".join(MEASUREMENTS)
+        raise ValueError(f"expected NAME=VALUE or {len(MEASUREMENTS)} values in the order {order}, got {len(values)} values")
+    return zip(MEASUREMENTS, values, strict=True)
+
+
+def parse_number(record: Any) -> tuple[int, Fields]:
+    value = number(column(record, "number"), int)
+    return value, {"number": value}
+
+
+def column(record: Any, name: str) -> Any:
+    """The named column of a record, or the record itself when it has no columns."""
+    if not isinstance(record, Mapping):
+        return record
+    if name not in record:
+        raise ValueError(f"expected a column {name!r}, got {', '.join(map(repr, record))}")
+    return record[name]
+
+
+def number(value: Any, kind: Callable[[str], Any], where: str = "") -> Any:
+    try:
+        return kind(str(value))
+    except ValueError:
+        raise ValueError(f"{where}expected {'a number' if kind is float else 'a 64-bit integer'}, got {value!r}") from None
+
+
+def from_json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"expected JSON, got {text[:40]!r}: {error}") from None
+
+
+def join(*parts: str | None) -> str:
+    return ": ".join(filter(None, parts))
+
+
+def flatten(value: Any) -> list[Any]:
+    """The values of a nested list, in order."""
+    return [leaf for part in value for leaf in flatten(part)] if isinstance(value, list) else [value]
+
+
+ADAPTERS = {
+    "mnist": Adapter(
+        split=lambda arguments: chain.from_iterable(map(find_files, arguments)),
+        parse=parse_picture,
+        predict=lambda client, rows: (digit._asdict() for digit in client.classify_each(rows)),
+        text=lambda fields: f"{fields['file']}: {fields['digit']} ({max(fields['probabilities']):.1%})",
+        field="images",
+    ),
+    "diabetes": Adapter(
+        split=lambda arguments: [arguments],
+        parse=parse_patient,
+        predict=lambda client, rows: (assessment._asdict() for assessment in client.assess_each(rows)),
+        text=lambda fields: join(
+            fields.get("id"), f"{fields['probability']:.1%} probability of a positive test ({fields['label']})"
+        ),
+        field="patients",
+        notice="for teaching and benchmarking only, not for medical decisions",
+    ),
+    "fizzbuzz": Adapter(
+        split=lambda arguments: arguments,
+        parse=parse_number,
+        predict=lambda client, rows: ({"word": word} for word in client.answer_each(rows)),
+        text=lambda fields: str(fields["word"]),
+        field="numbers",
+    ),
+}
+
+
+def read_records(adapter: Adapter, arguments: Sequence[str], file: BufferedReader | None, kind: str | None) -> Iterator[Record]:
+    """The records in the arguments, or in a file in a format of READERS. Raises CliError, which names the line."""
+    lines = Lines(file) if file else None
+    if lines:
+        kind = kind or FORMATS.get(Path(lines.name).suffix.lower(), "lines")
+        kind = "jsonl" if kind == "lines" and adapter.parse is parse_json else kind
+
+    def place() -> str:
+        return f"{lines.name}, line {lines.number}" if lines else ""
+
+    try:
+        for record in READERS[kind or ""](lines) if lines else adapter.split(arguments):
+            row, echo = adapter.parse(record)
+            yield Record(join(place(), echo.get("file")), row, echo, bool(lines and lines.last_ready))
+    except (ValueError, csv.Error) as error:
+        reason = "expected text in UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
+        raise CliError(join(place(), reason)) from None
+
+
+class Lines:
+    """The lines of a file. `number` is that of the latest, from 1; `last_ready` says that the next one has not arrived yet."""
+
+    def __init__(self, file: BufferedReader) -> None:
+        self._file, self.name, self.number, self.last_ready = file, str(file.name).strip("<>"), 0, False
+
+    def __iter__(self) -> Iterator[str]:
+        rest = b""
+        while block := self._file.read1(BLOCK):  # returns what has arrived
+            *lines, rest = (rest + block).split(b"\n")
+            for i, line in enumerate(lines, 1):
+                self.number, self.last_ready = self.number + 1, i == len(lines)
+                yield f"{line.decode('utf-8-sig')}\n"
+        if rest:
+            self.number += 1
+            yield rest.decode("utf-8-sig")
+
+
+def from_lines(lines: Iterable[str]) -> Iterator[str]:
+    return filter(None, map(str.strip, lines))
+
+
+def from_csv(lines: Iterable[str]) -> Iterator[Fields]:
+    """Rows by the columns of the header. Raises ValueError and csv.Error."""
+    reader = csv.DictReader(lines, strict=True)
+    names = reader.fieldnames or []
+    if len({*names}) < len(names):
+        raise ValueError("two columns have the same name")
+    for row in reader:
+        if None in row or None in row.values():
+            raise ValueError(f"expected {len(names)} columns, as in the header")
+        yield row
+
+
+READERS: dict[str, Callable[[Iterable[str]], Iterator[Any]]] = {
+    "csv": from_csv,
+    "jsonl": lambda lines: map(from_json, from_lines(lines)),
+    "lines": from_lines,
+}
+
+
+def predict_all(client: Client, adapter: Adapter, records: Iterator[Record]) -> Iterator[tuple[Record, Fields]]:
+    """Predict any number of records, in order; those that have arrived are predicted before more input is awaited.
+
+    Raises CliError for a wrong record, and grpc.RpcError.
+    """
+
+    def until_wait() -> Iterator[Record]:
+        for record in records:
+            yield record
+            if record.last_ready:
+                return
+
+    for first in records:
+        yield from predict_ready(client, adapter, chain([first], () if first.last_ready else until_wait()))
+
+
+def predict_ready(client: Client, adapter: Adapter, records: Iterator[Record]) -> Iterator[tuple[Record, Fields]]:
+    """Predict records in one stream.
+
+    When one is rejected, those before it are predicted first. Then the stream goes on from there: the record may have been one too
+    many for its request. It is wrong if it is rejected as the first one.
+    """
+    pending = deque[Record]()  # read, and not predicted yet
+    wrong: CliError | None = None
+
+    def rows() -> Iterator[Any]:
+        yield from [record.row for record in pending]
+        for record in records:
+            pending.append(record)
+            yield record.row
+
+    while not wrong:
+        done = 0
+        try:
+            for fields in adapter.predict(client, rows()):
+                record = pending.popleft()
+                done += 1
+                yield record, {**record.echo, **fields}
+        except CliError as error:  # by the input
+            wrong, good = error, len(pending)
+        except (ValueError, TypeError, grpc.RpcError) as error:  # by the codec or the service
+            row, details = locate(error, adapter.field)
+            good = row - done
+            if good <= 0:
+                raise CliError(join(pending[0].place, details)) from None
+        else:
+            return
+        yield from predict_ready(client, adapter, iter([pending.popleft() for _ in range(good)]))
+    raise wrong
+
+
+def locate(error: Any, field: str) -> tuple[int, str]:
+    """The index of the row that an error names, and what is wrong with it. Raises the error of a call that names none."""
+    details = str(error.details() if isinstance(error, grpc.RpcError) else error)
+    if match := re.match(rf"{re.escape(field)}\[(\d+)\]\S*: ", details):
+        return int(match[1]), details[match.end() :]
+    if TOO_LARGE in details:
+        return 0, details[details.index(TOO_LARGE) :]
+    raise error if isinstance(error, grpc.RpcError) else CliError(details)
