@@ -1,9 +1,11 @@
-"""One process beside several on the same global batch: `python -m benchmarks.distributed`, on the 5,000 digits of the repository.
+"""Training in one or several processes, on the MNIST sample: `torchrun --nproc-per-node 2 -m benchmarks.distributed`.
 
-Each seed trains the network of params.yaml on 4,500 digits, in one process and then under torchrun, with one thread a process. The
-test loss and accuracy are of the 500 held-out digits; wall seconds are of `fit` alone. Not run on a GPU, and so not with NCCL.
+Each seed trains the network of params.yaml on 4,500 digits with one thread per process, with the same batch size for all processes
+together; without torchrun (`python -m benchmarks.distributed`) there is one process. Test loss and accuracy are measured on the 500
+held-out digits; wall seconds are those of `fit`. It has not been run on a GPU.
 """
 
+import os
 import time
 
 import click
@@ -12,39 +14,31 @@ import torch
 from msgspec.structs import replace
 
 from models.mnist.dataset import sample
-from pipeline.distributed import ALONE, Alone, joined, launch, launched
-from pipeline.stage import load_params
+from pipeline.common import load_params
+from pipeline.distributed import process_group, rank
 from pipeline.train import Params, fit, score
 
 
-def measure(group: Alone, processes: int, seeds: int, epochs: int) -> None:
-    """Train with every seed; rank 0 prints means and standard deviations over them."""
+@click.command()
+@click.option("--seeds", default=3, show_default=True)
+@click.option("--epochs", default=4, show_default=True)
+def main(seeds: int, epochs: int) -> None:
+    """Print mean and standard deviation of test loss, test accuracy and time."""
     data = sample()
     test = torch.from_numpy(data.test_inputs), torch.from_numpy(data.test_targets)
     base = replace(load_params("mnist", "train", Params), device="cpu", threads=1, epochs=epochs)
-    found = []
-    for seed in range(seeds):
-        started = time.perf_counter()
-        network = fit("mnist", data.train_inputs, data.train_targets, replace(base, seed=seed), group=group)
-        found.append([*score(network, *test).values(), time.perf_counter() - started])
-    if not group.rank:
-        mean, spread = np.mean(found, axis=0), np.std(found, axis=0, ddof=1)
-        figures = (f"{name} {m:.4f} ({s:.4f})" for name, m, s in zip(("loss", "accuracy", "wall s"), mean, spread, strict=True))
-        print(f"{processes} processes, {seeds} seeds, {epochs} epochs: {', '.join(figures)}", flush=True)
-
-
-@click.command()
-@click.option("--processes", default=2, show_default=True)
-@click.option("--seeds", default=3, show_default=True)
-@click.option("--epochs", default=4, show_default=True)
-def main(processes: int, seeds: int, epochs: int) -> None:
-    """Print mean and standard deviation of test loss, test accuracy and time."""
-    if not launched():
-        measure(ALONE, 1, seeds, epochs)
-        launch(processes, "benchmarks.distributed", f"--processes={processes}", f"--seeds={seeds}", f"--epochs={epochs}")
-        return
-    with joined(processes, torch.device("cpu")) as group:
-        measure(group, processes, seeds, epochs)
+    results = []
+    with process_group(torch.device("cpu")):
+        for seed in range(seeds):
+            started = time.perf_counter()
+            network = fit("mnist", data.train_inputs, data.train_targets, replace(base, seed=seed))
+            seconds = time.perf_counter() - started
+            results.append([*score(network, *test).values(), seconds])
+        if rank() == 0:
+            mean, spread = np.mean(results, axis=0), np.std(results, axis=0, ddof=1)
+            figures = (f"{name} {m:.4f} ({s:.4f})" for name, m, s in zip(("loss", "accuracy", "wall s"), mean, spread, strict=True))
+            processes = os.environ.get("WORLD_SIZE", "1")
+            print(f"{processes} processes, {seeds} seeds, {epochs} epochs: {', '.join(figures)}", flush=True)
 
 
 if __name__ == "__main__":

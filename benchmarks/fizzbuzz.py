@@ -1,13 +1,9 @@
-"""FizzBuzz on 1..100 beside the tutorial's loop: `python benchmarks/fizzbuzz.py`, on one core; progress goes to stderr.
+"""FizzBuzz on 1..100 compared with a tutorial's training loop: `python benchmarks/fizzbuzz.py`, on one core.
 
-Both are trained on 101..1023. Ours is `pipeline.train.fit` with the settings of params.yaml, whose choices were made on held-out
-slices of 101..1023; 1..100 is looked at here only. The tutorial is Joel Grus's net ("Fizz Buzz in Tensorflow", 2016) as its PyTorch
-versions have it: ten bits as 0 and 1, one hidden layer of 100 ReLUs, SGD with a learning rate of .05, batches of 128 in order,
-10,000 epochs.
-
-Measured on a shared core of an AMD EPYC, with other work beside it: ours makes no error with any of 20 seeds, in 0.98 to 1.80 s of
-CPU time, 3.71 s for the first, in which torch warms up; the tutorial's makes 6, 3 and 12 errors with seeds 0, 1 and 2, in 16.0 to
-19.7 s.
+Both are trained on 101..1023. Ours is `pipeline.train.fit` with the settings of params.yaml, which were chosen on held-out slices
+of 101..1023; 1..100 is only used here. The tutorial is Joel Grus's network ("Fizz Buzz in Tensorflow", 2016) as in its PyTorch
+versions: ten bits as 0 and 1, one hidden layer of 100 ReLUs, SGD with a learning rate of .05, batches of 128 in order, 10,000
+epochs.
 """
 
 import time
@@ -23,16 +19,16 @@ from torch.nn.functional import cross_entropy
 
 import models
 from models.dataset import Dataset
-from pipeline.stage import load_params
+from pipeline.common import load_params
 from pipeline.train import Params, fit
 
 BITS, HIDDEN, LEARNING_RATE, BATCH, EPOCHS = 10, 100, 0.05, 128, 10_000  # the tutorial's
 
-Answer = Callable[[Tensor], Tensor]  # (batch,) numbers -> (batch, 4), the highest is the answer
+Answer = Callable[[Tensor], Tensor]  # (batch,) numbers -> (batch, 4) scores; the highest is the answer
 
 
 def ours(data: Dataset, seed: int) -> Answer:
-    """The model of the repository."""
+    """Train the model of this repository."""
     params = replace(load_params("fizzbuzz", "train", Params), seed=seed, device="cpu", threads=1)
     return fit("fizzbuzz", data.train_inputs, data.train_targets, params)
 
@@ -43,7 +39,7 @@ def encode(numbers: Tensor) -> Tensor:
 
 
 def tutorial(data: Dataset, seed: int) -> Answer:
-    """The tutorial's loop."""
+    """Train as the tutorial does."""
     torch.manual_seed(seed)
     x, y = encode(torch.from_numpy(data.train_inputs)), torch.from_numpy(data.train_targets)
     network = nn.Sequential(nn.Linear(BITS, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, 4))
@@ -58,7 +54,7 @@ def tutorial(data: Dataset, seed: int) -> Answer:
 
 
 def measure(train: Callable[[Dataset, int], Answer], data: Dataset, seed: int) -> tuple[int, float]:
-    """Wrong answers on 1..100, and seconds of CPU time to train."""
+    """Wrong answers on 1..100, and CPU seconds of the training."""
     started = time.process_time()
     answer = train(data, seed)
     seconds = time.process_time() - started
@@ -68,17 +64,17 @@ def measure(train: Callable[[Dataset, int], Answer], data: Dataset, seed: int) -
 
 
 @click.command()
-@click.option("--seeds", default=20, show_default=True, help="Seeds of ours, from 0.")
-@click.option("--tutorial-seeds", default=3, show_default=True, help="Seeds of the tutorial's loop, half a minute each.")
+@click.option("--seeds", default=20, show_default=True, help="Trainings of ours, with seeds from 0.")
+@click.option("--tutorial-seeds", default=3, show_default=True, help="Trainings of the tutorial, half a minute each.")
 def main(seeds: int, tutorial_seeds: int) -> None:
-    """Print errors on 1..100 and CPU seconds for each seed."""
+    """Print errors on 1..100 and CPU seconds per seed."""
     torch.set_num_threads(1)
     data = models.load("fizzbuzz", "dataset").load(Path())
     print("seed   errors of 100   CPU seconds   tutorial: errors   CPU seconds", flush=True)
     for seed in range(max(seeds, tutorial_seeds)):
         kinds = (ours, seeds), (tutorial, tutorial_seeds)
-        found = [measure(train, data, seed) if seed < count else None for train, count in kinds]
-        left, right = (f"{pair[0]:>8}{pair[1]:>18.2f}" if pair else " " * 26 for pair in found)
+        results = [measure(train, data, seed) if seed < count else None for train, count in kinds]
+        left, right = (f"{pair[0]:>8}{pair[1]:>18.2f}" if pair else " " * 26 for pair in results)
         print(f"{seed:4}   {left}  {right}".rstrip(), flush=True)
 
 

@@ -1,8 +1,8 @@
 """Compare four optimisers on one model, as DVC experiments: `python benchmarks/optimizers.py fizzbuzz`.
 
-All start from the same weights and see the same batches; only the optimiser differs. The workspace stays as it is; the experiments
-are called fizzbuzz-sgd, fizzbuzz-momentum and so on. `dvc exp show`, `dvc plots diff` and `make report` show them, the last two
-with all curves in one plot.
+All start from the same weights and see the same batches. The workspace does not change; the experiments are called fizzbuzz-sgd,
+fizzbuzz-momentum and so on. `dvc exp show` lists their metrics, and the command that is printed at the end draws their learning
+curves in one plot.
 """
 
 import subprocess
@@ -22,11 +22,13 @@ OPTIMIZERS = {
 @click.option("--lr", default=0.01, show_default=True, help="Learning rate of all four.")
 def main(model: str, lr: float) -> None:
     """Train MODEL once with each optimiser."""
-    section = f"models.{model}.train.optimizer"
+    section, experiments = f"models.{model}.train.optimizer", []
     for name, settings in OPTIMIZERS.items():
         change = ["-S", f"~{section}", "-S", f"+{section}={{{settings}, lr: {lr}}}"]
-        experiment = ["dvc", "exp", "run", "--temp", "--force", "--name", f"{model}-{name}", *change, f"train@{model}"]
+        experiments.append(f"{model}-{name}")
+        experiment = ["dvc", "exp", "run", "--temp", "--force", "--name", experiments[-1], *change, f"train@{model}"]
         subprocess.run(experiment, check=True)  # noqa: S603
+    print(f"dvc plots diff {' '.join(experiments)} --targets models/{model}/report/training/plots/metrics --open")
 
 
 if __name__ == "__main__":

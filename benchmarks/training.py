@@ -1,13 +1,10 @@
-"""How long training takes until MNIST's test digits are read at 99.0, 99.2 and 99.5 %: `python benchmarks/training.py`.
+"""Training time to 99.0, 99.2 and 99.5 % test accuracy on MNIST: `python benchmarks/training.py`.
 
-Theirs is the example that most begin with, in its settings and its input pipeline: pytorch/examples, mnist/main.py (batches of 64,
-in the files' order on a CPU; Adadelta at 1.0, times 0.7 an epoch; torchvision's data set behind a DataLoader, picture by picture).
-Its test accuracy is taken after every epoch, outside the clock. Ours is the network of params.yaml under a short schedule for each
-target; the schedules were chosen on 5,000 held-out training digits, and the clock runs over all of `pipeline.train.fit`.
-`--device cuda` was not run on a GPU yet.
-
-Measured on one thread of a shared machine, hence in CPU seconds; ours the median of seeds 0 to 2 (to 99.5 %: seed 0), theirs 10
-of its 14 epochs: to 99.0 % 13 s against 412 s; to 99.2 % 25 s and to 99.5 % 123 s, where theirs was at most at 99.17 % in 827 s.
+It is compared with a well-known example, pytorch/examples, mnist/main.py, in its settings and with its input pipeline (batches of
+64, in file order on a CPU; Adadelta at 1.0, times 0.7 per epoch; torchvision's data set in a DataLoader, image by image), whose
+test accuracy is measured after every epoch, outside the clock. Ours is the network of params.yaml with a short schedule per target,
+chosen on 5,000 held-out training digits; the clock runs over all of `pipeline.train.fit`. `--device cuda` has not been run on a GPU
+yet.
 """
 
 import time
@@ -25,12 +22,11 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
-from pipeline.stage import load_params, load_rows
+from models.dataset import Dataset
+from pipeline.common import load_params, load_rows
 from pipeline.train import Params, fit, score
 
-Rows = dict[str, np.ndarray]
-
-OURS: dict[float, dict[str, Any]] = {  # test accuracy to reach -> what differs from section `train` of params.yaml
+OURS: dict[float, dict[str, Any]] = {  # target test accuracy -> changes of the section `train` of params.yaml
     0.990: {"epochs": 1, "label_smoothing": 0.0},
     0.992: {"epochs": 2, "label_smoothing": 0.0, "batch_size": 128, "optimizer": {"lr": 0.12}},
     0.995: {"epochs": 10},
@@ -39,7 +35,7 @@ OURS: dict[float, dict[str, Any]] = {  # test accuracy to reach -> what differs 
 
 @dataclass(frozen=True, kw_only=True)
 class Time:
-    """What a training took."""
+    """The cost and the result of a training."""
 
     wall: float  # seconds
     cpu: float  # seconds, of all threads and children
@@ -54,7 +50,7 @@ class Clock:
         self.wall = self.cpu = 0.0
 
     def run(self, call: Callable[[], Any]) -> Any:
-        """What `call` returns."""
+        """Call, and return the result."""
         wall, cpu = time.perf_counter(), time.process_time()
         result = call()
         if torch.cuda.is_available():
@@ -68,7 +64,6 @@ class Digits(datasets.MNIST):  # type: ignore[misc]
 
     @property
     def raw_folder(self) -> str:
-        """Where the four files are."""
         return str(self.root)
 
 
@@ -84,7 +79,7 @@ def example_network() -> nn.Module:
 
 
 def example_loader(*, train: bool, device: torch.device) -> DataLoader[tuple[Tensor, Tensor]]:
-    """The example's input pipeline: it shuffles, and loads in a process of its own, on a GPU only."""
+    """The example's input pipeline; it shuffles, and loads in another process, only on a GPU."""
     transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.1307,), (0.3081,))])
     gpu: dict[str, Any] = {"num_workers": 1, "pin_memory": True, "shuffle": True} if device.type == "cuda" else {}
     return DataLoader(
@@ -103,14 +98,14 @@ def example_epoch(network: nn.Module, optimizer: torch.optim.Optimizer, loader: 
 
 @torch.no_grad()
 def example_accuracy(network: nn.Module, loader: DataLoader[Any], device: torch.device) -> float:
-    """Share of the test digits that are read right."""
+    """Accuracy on the test digits."""
     network.eval()
-    right = sum(int((network(inputs.to(device)).argmax(dim=1).cpu() == targets).sum()) for inputs, targets in loader)
-    return right / len(loader.dataset)  # type: ignore[arg-type]
+    correct = sum(int((network(inputs.to(device)).argmax(dim=1).cpu() == targets).sum()) for inputs, targets in loader)
+    return correct / len(loader.dataset)  # type: ignore[arg-type]
 
 
 def theirs(device: torch.device, epochs: int) -> Iterator[Time]:
-    """Train as the example does; after every epoch what it has taken so far, and the test accuracy."""
+    """Train as the example does; yield the time so far and the test accuracy after every epoch."""
     torch.manual_seed(1)
     loader, test = (example_loader(train=train, device=device) for train in (True, False))
     network = example_network().to(device)
@@ -123,47 +118,47 @@ def theirs(device: torch.device, epochs: int) -> Iterator[Time]:
         scheduler.step()
 
 
-def ours(rows: Rows, target: float, **changes: Any) -> Time:
+def ours(rows: Dataset, target: float, **changes: Any) -> Time:
     """Train with the schedule for a target."""
     base, own = load_params("mnist", "train", dict[str, Any]), OURS[target]
     optimizer = base["optimizer"] | own.get("optimizer", {})
     params = msgspec.convert(base | own | {"optimizer": optimizer} | changes, Params)
     clock = Clock()
-    network = clock.run(lambda: fit("mnist", rows["train_inputs"], rows["train_targets"], params))
-    reached = score(network, torch.from_numpy(rows["test_inputs"]), torch.from_numpy(rows["test_targets"]))["accuracy"]
-    return Time(wall=clock.wall, cpu=clock.cpu, accuracy=reached, epochs=params.epochs)
+    network = clock.run(lambda: fit("mnist", rows.train_inputs, rows.train_targets, params))
+    accuracy = score(network, torch.from_numpy(rows.test_inputs), torch.from_numpy(rows.test_targets))["accuracy"]
+    return Time(wall=clock.wall, cpu=clock.cpu, accuracy=accuracy, epochs=params.epochs)
 
 
-def say(what: str, times: list[Time]) -> None:
+def print_line(name: str, times: list[Time]) -> None:
     """Print one line: medians over the trainings, and the mean accuracy."""
-    wall, cpu = (float(np.median([getattr(found, clock) for found in times])) for clock in ("wall", "cpu"))
-    mean = float(np.mean([found.accuracy for found in times]))
-    print(f"{what:22} {times[0].epochs:3} epochs {wall:8.1f} s {cpu:8.1f} CPU s   test accuracy {mean:.4f}", flush=True)
+    wall, cpu = (float(np.median([getattr(training, clock) for training in times])) for clock in ("wall", "cpu"))
+    mean = float(np.mean([training.accuracy for training in times]))
+    print(f"{name:22} {times[0].epochs:3} epochs {wall:8.1f} s {cpu:8.1f} CPU s   test accuracy {mean:.4f}", flush=True)
 
 
-def compare(rows: Rows, threads: int, seeds: int, epochs: int) -> None:
-    """On the CPU: theirs epoch by epoch, then both to every target."""
+def compare(rows: Dataset, threads: int, seeds: int, epochs: int) -> None:
+    """On the CPU: the example epoch by epoch, then ours to every target."""
     history = []
-    for found in theirs(torch.device("cpu"), epochs):
-        say("theirs", [found])
-        history.append(found)
+    for epoch in theirs(torch.device("cpu"), epochs):
+        print_line("theirs", [epoch])
+        history.append(epoch)
     for target in OURS:
-        mine = [ours(rows, target, device="cpu", threads=threads, seed=seed) for seed in range(seeds)]
-        reached = sum(found.accuracy >= target for found in mine)
-        say(f"ours to {target:.1%}", mine)
-        first = next((found for found in history if found.accuracy >= target), None)
-        cpu = float(np.median([found.cpu for found in mine]))
+        trainings = [ours(rows, target, device="cpu", threads=threads, seed=seed) for seed in range(seeds)]
+        reached = sum(training.accuracy >= target for training in trainings)
+        print_line(f"ours to {target:.1%}", trainings)
+        first = next((epoch for epoch in history if epoch.accuracy >= target), None)
+        cpu = float(np.median([training.cpu for training in trainings]))
         ratio = f"theirs {first.cpu:.1f} CPU s, {first.cpu / cpu:.1f} x ours" if first else f"theirs not in {epochs} epochs"
         print(f"  {reached} of {seeds} seeds reach it; {ratio}", flush=True)
 
 
-def on_gpu(rows: Rows, seeds: int) -> None:
-    """Seconds to 99.0 % over many seeds; the first training, which loads cuDNN, is told apart. Nothing is compiled."""
+def on_gpu(rows: Dataset, seeds: int) -> None:
+    """Seconds to 99.0 % over many seeds. The first training loads cuDNN and is reported separately; nothing is compiled."""
     first, *times = [ours(rows, 0.99, device="cuda", seed=seed) for seed in (0, *range(seeds))]
-    say("first, cuDNN loaded", [first])
-    say("to 99.0 %", times)
-    wall = np.array([found.wall for found in times])
-    reached = np.mean([found.accuracy for found in times] >= np.float64(0.99))
+    print_line("first, cuDNN loaded", [first])
+    print_line("to 99.0 %", times)
+    wall = np.array([training.wall for training in times])
+    reached = np.mean([training.accuracy for training in times] >= np.float64(0.99))
     print(
         f"  {wall.mean():.2f} s, standard deviation {wall.std(ddof=1):.2f}; {reached:.0%} of {seeds} seeds reach it; compiling: 0 s"
     )
@@ -172,10 +167,10 @@ def on_gpu(rows: Rows, seeds: int) -> None:
 @click.command()
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--threads", default=1, show_default=True, help="Threads of torch on the CPU.")
-@click.option("--seeds", default=3, show_default=True, help="Trainings of ours; 30 are meant for a GPU.")
-@click.option("--epochs", default=14, show_default=True, help="Epochs of theirs.")
+@click.option("--seeds", default=3, show_default=True, help="Trainings of ours; use 30 on a GPU.")
+@click.option("--epochs", default=14, show_default=True, help="Epochs of the example.")
 def main(device: str, threads: int, seeds: int, epochs: int) -> None:
-    """Print the time to each target."""
+    """Print the training time to each target."""
     torch.set_num_threads(threads)
     rows = load_rows("mnist")
     if device == "cuda":

@@ -1,7 +1,7 @@
-"""The models: one folder each, and the folder is the registry.
+"""The models, one folder each.
 
-A folder under `models/` that holds a `contract.py` is a model. Beside it lie `network.py` and `dataset.py`, and, once `dvc repro`
-has run, the trained files `model.onnx`, `model.pt` and `card.json`. Adding a model means adding a folder; nothing is registered.
+Every folder under `models/` that has a `contract.py` is a model; nothing else registers it. It also has `network.py` and
+`dataset.py`, and after `dvc repro` the trained files `model.onnx`, `model.pt` and `card.json` and the folder `report`.
 """
 
 from importlib import import_module
@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent
 
 
 class UnknownModelError(LookupError):
-    """No folder of that name holds a contract.py."""
+    """There is no model of that name."""
 
 
 def names() -> list[str]:
@@ -21,10 +21,7 @@ def names() -> list[str]:
 
 
 def load(name: str, part: str) -> ModuleType:
-    """Import `contract`, `network` or `dataset` of one model.
-
-    Raises UnknownModelError when there is no such model.
-    """
+    """Import `contract`, `network` or another module of a model. Raises UnknownModelError when there is no such model."""
     if name not in names():
-        raise UnknownModelError(f"there is no model {name!r} in {ROOT}: known are {', '.join(names())}")
+        raise UnknownModelError(f"there is no model {name!r} in {ROOT}: expected one of {', '.join(names())}")
     return import_module(f"models.{name}.{part}")

@@ -9,68 +9,66 @@ import models
 
 
 class Predictor(nn.Module):
-    """A network that takes what a person has and answers with values; it is fitted by the mean squared error.
+    """A network that predicts values from raw inputs; it is trained with the mean squared error.
 
-    A subclass is called `Network`, lives in `models/<name>/network.py` and is built by `build`.
-    It implements `outputs`; `adapt` and `augment` where it has preprocessing to fit or training rows to vary, and `solve` where
-    its weights are found without gradients.
+    A subclass is called `Network`, is defined in `models/<name>/network.py` and is built by `build`. It implements `outputs`, and
+    where needed `adapt` (preprocessing fitted to the data), `augment` (random variations) and `solve` (weights without gradients).
     """
 
-    def missing(self, inputs: Tensor) -> Tensor:
-        """Where an input has no value: booleans of its shape."""
+    def is_missing(self, inputs: Tensor) -> Tensor:
+        """Which inputs have no value: booleans of the same shape."""
         return inputs.isnan()
 
     def adapt(self, inputs: Tensor) -> None:
         """Fit the statistics of the preprocessing (means, scales) to the training rows; they become buffers of the state_dict."""
 
     def solve(self, inputs: Tensor, targets: Tensor) -> None:
-        """Compute the weights from the training rows and their targets; gradient descent, if any, goes on from there."""
+        """Compute the weights from the training rows and their targets; gradient descent, if any, starts from there."""
 
     def augment(self, inputs: Tensor) -> Tensor:
-        """A random variation of a training batch, in the units of the input tensor and of the same shape."""
+        """Return a random variation of a training batch, of the same shape and in the units of the input tensor."""
         return inputs
 
     def outputs(self, inputs: Tensor) -> Tensor:
-        """What the loss is taken of, (batch, *output shape), for a batch as the contract describes it."""
+        """(batch, ...) inputs as the contract describes them -> what the loss is computed from, (batch, *output shape)."""
         raise NotImplementedError
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """The answers, (batch, *output shape)."""
+        """(batch, ...) -> predictions, (batch, *output shape)."""
         return self.outputs(inputs)
 
 
 class Classifier(Predictor):
-    """A network that answers with probabilities; it implements `logits`, and is fitted by the cross entropy."""
+    """A network that predicts class probabilities; it implements `logits` and is trained with the cross entropy."""
 
     def logits(self, inputs: Tensor) -> Tensor:
-        """Unnormalised log-probabilities, (batch, classes), of a batch as the contract describes it."""
+        """(batch, ...) inputs as the contract describes them -> unnormalised log-probabilities, (batch, classes)."""
         raise NotImplementedError
 
     def outputs(self, inputs: Tensor) -> Tensor:
-        """The logits."""
         return self.logits(inputs)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Probabilities, (batch, classes); each row sums to one."""
+        """(batch, ...) -> probabilities, (batch, classes); each row sums to one."""
         return torch.softmax(self.logits(inputs), dim=1)
 
 
 class Outputs(nn.Module):
-    """A network whose call gives its `outputs`, for what only calls a network."""
+    """Wraps a network so that calling it returns `outputs`, for torch functions that only call modules."""
 
     def __init__(self, network: Predictor) -> None:
         super().__init__()
         self.network = network
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """(batch, ...) -> what the loss is taken of, (batch, ...)."""
         return self.network.outputs(inputs)
 
 
 def build(model: str, network: str | dict[str, Any]) -> Predictor:
-    """A model's network, untrained, as `train.network` in params.yaml wants it: keywords, or a name that stands for `name: ...`.
+    """Build a model's untrained network from `train.network` in params.yaml: keywords, or a string that is short for `name: ...`.
 
-    Raises models.UnknownModelError, and TypeError or ValueError when the network does not take these keywords.
+    Raises models.UnknownModelError, and TypeError or ValueError when the network does not accept these keywords.
     """
-    made: Predictor = models.load(model, "network").Network(**({"name": network} if isinstance(network, str) else network))
-    return made
+    keywords = {"name": network} if isinstance(network, str) else network
+    built: Predictor = models.load(model, "network").Network(**keywords)
+    return built

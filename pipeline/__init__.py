@@ -1,8 +1,7 @@
-"""From raw data to a verified model: one module a DVC stage, `python -m pipeline.<stage> <model>`."""
+"""From raw data to a verified model: one module per DVC stage, `python -m pipeline.<stage> <model>`."""
 
 import os
 
-# OpenMP's threads wait for each other by spinning, for so long by default that a busy neighbour slows training tenfold.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-# From 1.29 on onnxruntime reports to its makers unless it is told not to, and keeps an id in the user's home.
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+# Read by OpenMP and onnxruntime when they are loaded, so set before any module of the pipeline imports torch.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads of OpenMP slow each other down on a busy machine
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # since 1.29 onnxruntime sends telemetry and stores an id in the user's home

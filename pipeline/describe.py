@@ -1,4 +1,4 @@
-"""Render a model's card as a page: card.json -> docs/models/<model>.md."""
+"""Render a model's card and metrics as a page of the documentation, docs/models/<model>.md."""
 
 import json
 from pathlib import Path
@@ -7,18 +7,19 @@ from typing import Any
 import jinja2
 import yaml
 
-from pipeline.stage import folder, main
+from models.files import atomic_write
+from pipeline.common import Paths, main
 
 PAGES = Path("docs", "models")
 
 
 def short(value: Any) -> str:
-    """A figure with four digits; anything else as it is."""
+    """A float with four digits; anything else unchanged."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def page(card: dict[str, Any], metrics: dict[str, Any]) -> str:
-    """The page of a model, in Markdown, from its card.json and metrics.json."""
+    """The page of a model, in Markdown."""
     environment = jinja2.Environment(  # noqa: S701  Markdown, from our own cards
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         trim_blocks=True,
@@ -31,10 +32,10 @@ def page(card: dict[str, Any], metrics: dict[str, Any]) -> str:
 
 
 def describe(model: str) -> None:
-    """Stage: card.json and metrics.json -> docs/models/<model>.md."""
-    card, metrics = (json.loads((folder(model) / name).read_text()) for name in ("card.json", "metrics.json"))
-    PAGES.mkdir(parents=True, exist_ok=True)
-    (PAGES / f"{model}.md").write_text(page(card, metrics))
+    """Stage: card.json, report/metrics.json -> docs/models/<model>.md."""
+    card = json.loads((Paths(model).trained / "card.json").read_text())
+    metrics = json.loads((Paths(model).report / "metrics.json").read_text())
+    atomic_write(PAGES / f"{model}.md", page(card, metrics).encode())
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
-"""Train many small networks on overlapping parts of the same rows, and ask each about the rows that it has not seen."""
+"""Train many small networks on overlapping parts of the same rows, and predict each row with networks not trained on it."""
 
 from collections.abc import Sequence
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -9,83 +8,56 @@ import torch
 from msgspec.structs import replace
 from sklearn.metrics import log_loss
 from sklearn.model_selection import StratifiedKFold
-from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.nn.functional import cross_entropy
 
-from models.network import Outputs, Predictor
-from pipeline.rivals import RIVALS
-from pipeline.stage import PipelineError
+from models.network import Outputs
+from pipeline.baselines import BASELINES
+from pipeline.common import PipelineError
 from pipeline.train import Params as TrainParams
 from pipeline.train import build, build_optimizer, schedule
 
-TOGETHER = 50  # networks trained at once
-SERVED = "served"  # the name of what `train` in params.yaml says
-
-
-class Many(Predictor):
-    """Networks of one kind as one, with their weights stacked; its outputs are (networks, batch, classes)."""
-
-    def __init__(self, networks: Sequence[Predictor]) -> None:
-        super().__init__()
-        single = [Outputs(network) for network in networks]
-        weights, self.state = stack_module_state(single)  # each (networks, ...)
-        self.names, self.weights = list(weights), nn.ParameterList(weights.values())
-        self.call = partial(functional_call, single[0])
-
-    def outputs(self, inputs: Tensor) -> Tensor:
-        """(batch, ...) -> (networks, batch, classes)."""
-        weights = dict(zip(self.names, self.weights, strict=True))
-        answers: Tensor = vmap(lambda *one: self.call(one, inputs))(weights, self.state)
-        return answers
+SERVED = "served"  # the name of the model that section `train` of params.yaml describes
 
 
 def fit_many(model: str, inputs: np.ndarray, targets: np.ndarray, training: np.ndarray, params: TrainParams) -> np.ndarray:
-    """Train a network for every row of `training`, (networks, rows) bool, which marks its training rows; ask each about all rows.
+    """Train a network for each row of `training`, (networks, rows) bool, which marks its training rows; predict all rows with it.
 
-    Returns probabilities, (networks, rows, classes). Network i is what pipeline.train.fit makes of its rows with the seed
-    `params.seed + i` in full batches on a CPU, but for rounding: weights are stacked and trained as one, which is 7 times quicker.
-    Raises PipelineError when the settings ask for smaller batches or held-out rows.
+    Returns probabilities, (networks, rows, classes). Except for rounding, network i is what pipeline.train.fit returns for its rows
+    with seed `params.seed + i`; training them with stacked weights is several times as fast.
+    Raises PipelineError unless the settings ask for full batches and no held-out rows.
     """
     if params.batch_size < len(inputs) or params.validation_rows:
-        raise PipelineError(f"cross-validation trains in full batches: batch_size must be {len(inputs)} or more, validation_rows 0")
+        raise PipelineError(
+            f"cross-validation needs full batches: expected batch_size >= {len(inputs)} and validation_rows 0, "
+            f"got {params.batch_size} and {params.validation_rows}"
+        )
     torch.set_num_threads(1)
-    x, y = torch.from_numpy(inputs), torch.from_numpy(targets)
-    chunks = range(0, len(training), TOGETHER)
-    return np.concatenate(
-        [
-            fit_together(model, x, y, torch.from_numpy(training[i : i + TOGETHER]), replace(params, seed=params.seed + i))
-            for i in chunks
-        ]
-    )
-
-
-def fit_together(model: str, x: Tensor, y: Tensor, training: Tensor, params: TrainParams) -> np.ndarray:
-    """What `fit_many` does, of all networks at once."""
+    x, y, rows = torch.from_numpy(inputs), torch.from_numpy(targets), torch.from_numpy(training)
     networks = []
-    for i, rows in enumerate(training):
+    for i, mask in enumerate(rows):
         torch.manual_seed(params.seed + i)
-        networks.append(build(model, params.network))
-        networks[-1].adapt(x[rows])
-    many = Many(networks)
-    optimizer = build_optimizer(many, params.optimizer)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(params.warmup, params.epochs))
-    share = training / training.sum(dim=1, keepdim=True)  # (networks, rows): the weight of a row in its network's mean loss
-    truth = y.expand(share.shape)
+        networks.append(Outputs(build(model, params.network)))
+        networks[-1].network.adapt(x[mask])
+    weights, state = stack_module_state(networks)  # each (networks, ...)
+    outputs_of = vmap(lambda *one: functional_call(networks[0], one, x))
+    optimizer = build_optimizer(weights.values(), params.optimizer)
+    scheduler = schedule(optimizer, params.warmup, params.epochs)
+    share = rows / rows.sum(dim=1, keepdim=True)  # (networks, rows), of a row in its network's mean loss
     for _ in range(params.epochs):
-        logits = many.outputs(x).transpose(1, 2)  # (networks, classes, rows)
-        losses = cross_entropy(logits, truth, reduction="none", label_smoothing=params.label_smoothing)  # (networks, rows)
+        logits = outputs_of(weights, state).transpose(1, 2)  # (networks, classes, rows)
+        losses = cross_entropy(logits, y.expand(rows.shape), reduction="none", label_smoothing=params.label_smoothing)
         optimizer.zero_grad()
         (losses * share).sum().backward()
         optimizer.step()
         scheduler.step()
     with torch.no_grad():
-        probabilities: np.ndarray = many.outputs(x).softmax(dim=2).numpy()
+        probabilities: np.ndarray = outputs_of(weights, state).softmax(dim=2).numpy()
     return probabilities
 
 
 class Task(NamedTuple):
-    """What is cross-validated, on what, in how many folds."""
+    """The rows to cross-validate on, the folds, and the settings to compare with."""
 
     model: str
     inputs: np.ndarray  # (rows, ...)
@@ -93,32 +65,29 @@ class Task(NamedTuple):
     folds: int
     inner_folds: int
     seed: int
-    rivals: dict[str, TrainParams]  # by name: settings that are judged beside the served ones
+    baselines: dict[str, TrainParams]  # name -> settings
 
     def inner(self) -> StratifiedKFold:
-        """The folds of a part in which choices are made."""
+        """The folds of a training part by which settings are chosen."""
         return StratifiedKFold(self.inner_folds, shuffle=True, random_state=self.seed)
 
 
 def masks(rows: int, parts: Sequence[np.ndarray]) -> np.ndarray:
     """(parts, rows) bool from the row numbers of each part."""
-    marked = np.zeros((len(parts), rows), dtype=bool)
-    for mask, part in zip(marked, parts, strict=True):
-        mask[part] = True
-    return marked
+    return np.array([np.isin(np.arange(rows), part) for part in parts])
 
 
 def choose(task: Task, candidates: Sequence[TrainParams], parts: Sequence[np.ndarray]) -> list[int]:
-    """For each part (row numbers) the candidate with the least log loss in an inner cross-validation that sees no other row."""
+    """For each part (row numbers), the candidate with the lowest log loss in an inner cross-validation of that part alone."""
     if len(candidates) == 1:
         return [0] * len(parts)
-    folds = [(part[fitted], part[left]) for part in parts for fitted, left in task.inner().split(part, task.targets[part])]
-    training = masks(len(task.targets), [fitted for fitted, _ in folds])
+    folds = [(part[train], part[test]) for part in parts for train, test in task.inner().split(part, task.targets[part])]
+    training = masks(len(task.targets), [train for train, _ in folds])
     losses = []
     for candidate in candidates:
-        answers = fit_many(task.model, task.inputs, task.targets, training, candidate)[..., 1]
-        of_folds = [log_loss(task.targets[left], answer[left]) for answer, (_, left) in zip(answers, folds, strict=True)]
-        losses.append(np.reshape(of_folds, (len(parts), -1)).mean(axis=1))
+        predictions = fit_many(task.model, task.inputs, task.targets, training, candidate)[..., 1]
+        per_fold = [log_loss(task.targets[test], row[test]) for row, (_, test) in zip(predictions, folds, strict=True)]
+        losses.append(np.reshape(per_fold, (len(parts), -1)).mean(axis=1))
     return [int(choice) for choice in np.argmin(losses, axis=0)]
 
 
@@ -126,32 +95,32 @@ class Repeat(NamedTuple):
     """One cross-validation: each row's fold, each model's out-of-fold probability of the second class, the choice in each fold."""
 
     fold: np.ndarray  # (rows,)
-    answers: dict[str, np.ndarray]  # (rows,) each
+    predictions: dict[str, np.ndarray]  # model -> (rows,)
     choices: list[int]
 
 
 def cross_validate_once(task: Task, candidates: Sequence[TrainParams], repeat: int) -> Repeat:
-    """Ask every model about every row when it is left out; `candidates` are what the served model's settings are chosen from."""
+    """Predict every row with every model, trained without that row; `candidates` are the settings of the served model."""
     model, inputs, targets = task[:3]
-    first = repeat * task.folds  # other initial weights in each repeat
-    candidates = [replace(candidate, seed=candidate.seed + first) for candidate in candidates]
-    outer = StratifiedKFold(task.folds, shuffle=True, random_state=task.seed + repeat)
-    parts = list(outer.split(inputs, targets))
+    offset = repeat * task.folds  # of the seeds: other initial weights in each repeat
+    candidates = [replace(candidate, seed=candidate.seed + offset) for candidate in candidates]
+    parts = list(StratifiedKFold(task.folds, shuffle=True, random_state=task.seed + repeat).split(inputs, targets))
     fold = np.empty(len(targets), dtype=int)
-    for number, (_, left) in enumerate(parts):
-        fold[left] = number
-    training, everyone = masks(len(targets), [fitted for fitted, _ in parts]), np.arange(len(targets))
+    for number, (_, test) in enumerate(parts):
+        fold[test] = number
+    training, every_row = masks(len(targets), [train for train, _ in parts]), np.arange(len(targets))
 
-    chosen = choose(task, candidates, [fitted for fitted, _ in parts])
+    chosen = choose(task, candidates, [train for train, _ in parts])
     fits = {choice: fit_many(model, inputs, targets, training, candidates[choice]) for choice in sorted(set(chosen))}
-    answers = {SERVED: np.array([fits[chosen[number]][number, row, 1] for row, number in enumerate(fold)])}
-    for name, rival in task.rivals.items():
-        asked = fit_many(model, inputs, targets, training, replace(rival, seed=rival.seed + first))
-        answers[name] = asked[fold, everyone, 1]
+    predictions = {SERVED: np.array([fits[chosen[number]][number, row, 1] for row, number in enumerate(fold)])}
+    for name, settings in task.baselines.items():
+        fitted = fit_many(model, inputs, targets, training, replace(settings, seed=settings.seed + offset))
+        predictions[name] = fitted[fold, every_row, 1]
     rows = torch.from_numpy(inputs)
-    known = rows.double().masked_fill(build(model, candidates[0].network).missing(rows), torch.nan).numpy()
-    for name, make in RIVALS.items():
-        answers[name] = np.empty(len(targets))
-        for fitted, left in parts:
-            answers[name][left] = make(task.inner()).fit(known[fitted], targets[fitted]).predict_proba(known[left])[:, 1]
-    return Repeat(fold, {name: answer.astype(np.float64) for name, answer in answers.items()}, chosen)
+    with_nan = rows.double().masked_fill(build(model, candidates[0].network).is_missing(rows), torch.nan).numpy()
+    for name, make in BASELINES.items():
+        predictions[name] = np.empty(len(targets))
+        for train, test in parts:
+            estimator = make(task.inner()).fit(with_nan[train], targets[train])
+            predictions[name][test] = estimator.predict_proba(with_nan[test])[:, 1]
+    return Repeat(fold, {name: values.astype(np.float64) for name, values in predictions.items()}, chosen)

@@ -1,62 +1,107 @@
-"""Figures that describe a model on a test set."""
+"""Metrics of predictions, calibration among them, and quality gates."""
+
+from typing import Any
 
 import numpy as np
 from sklearn.metrics import accuracy_score, log_loss, mean_squared_error, r2_score, roc_auc_score, roc_curve
 
+from pipeline.common import PipelineError
 
-def is_classified(targets: np.ndarray) -> bool:
+BINS = 10  # for calibration
+
+
+def is_classification(targets: np.ndarray) -> bool:
     """Whether targets are class indices, (rows,), and not values, (rows, ...)."""
     return np.issubdtype(targets.dtype, np.integer)
 
 
-def measure(answers: np.ndarray, targets: np.ndarray) -> dict[str, float]:
-    """Figures of answers, (rows, ...): probabilities against class indices, or values against values."""
-    return measure_classes(answers, targets) if is_classified(targets) else measure_values(answers, targets)
+def measure(predictions: np.ndarray, targets: np.ndarray) -> dict[str, float]:
+    """Metrics of predictions, (rows, ...): probabilities against class indices, or values against values."""
+    measured = measure_classes(predictions, targets) if is_classification(targets) else measure_values(predictions, targets)
+    return {**measured, "rows": len(targets)}
 
 
-def measure_values(answers: np.ndarray, targets: np.ndarray) -> dict[str, float]:
-    """Mean squared error, and the share of the variance that is explained, of (rows, ...) against (rows, ...)."""
-    found, expected = answers.reshape(len(answers), -1), targets.reshape(len(targets), -1)
-    return {
-        "mse": float(mean_squared_error(expected, found)),
-        "r2": float(r2_score(expected, found)),
-        "rows": len(targets),
-    }
+def measure_values(predictions: np.ndarray, targets: np.ndarray) -> dict[str, float]:
+    """Mean squared error and explained share of the variance, of (rows, ...) against (rows, ...)."""
+    predictions, targets = predictions.reshape(len(targets), -1), targets.reshape(len(targets), -1)
+    return {"mse": float(mean_squared_error(targets, predictions)), "r2": float(r2_score(targets, predictions))}
 
 
 def measure_classes(probabilities: np.ndarray, targets: np.ndarray) -> dict[str, float]:
-    """Accuracy, log loss (nats) and area under the ROC curve (one against the rest) of (rows, classes) against (rows,)."""
-    exact = probabilities.astype(np.float64)
-    exact /= exact.sum(axis=1, keepdims=True)  # float32 rows sum to one only within 1e-7
+    """Accuracy, area under the ROC curve (one versus rest) and log loss (nats) of (rows, classes) against (rows,)."""
+    normalised = probabilities.astype(np.float64)
+    normalised /= normalised.sum(axis=1, keepdims=True)  # float32 rows sum to one only within 1e-7
     return {
         "accuracy": float(accuracy_score(targets, probabilities.argmax(axis=1))),
-        "auc": float(roc_auc_score(*decisions(probabilities, targets))),
-        "log_loss": float(log_loss(targets, exact, labels=range(probabilities.shape[1]))),
-        "rows": len(targets),
+        "auc": float(roc_auc_score(*one_versus_rest(probabilities, targets))),
+        "log_loss": float(log_loss(targets, normalised, labels=range(probabilities.shape[1]))),
     }
 
 
-def roc(probabilities: np.ndarray, targets: np.ndarray) -> list[tuple[float, float]]:
-    """Points (false positive rate, true positive rate) of the ROC curve, one class against the rest."""
-    false_positive_rate, true_positive_rate, _ = roc_curve(*decisions(probabilities, targets))
-    return list(zip(false_positive_rate.tolist(), true_positive_rate.tolist(), strict=True))
-
-
-def calibration(probabilities: np.ndarray, targets: np.ndarray, bins: int = 10) -> list[tuple[float, float]]:
-    """Points (mean probability, share that came true), in bins of equal size.
-
-    Of two classes the second's probability is taken, of more that of the answer.
-    """
-    if probabilities.shape[1] == 2:  # noqa: PLR2004
-        claimed, true = probabilities[:, 1], targets == 1
-    else:
-        claimed, true = probabilities.max(axis=1), targets == probabilities.argmax(axis=1)
-    parts = np.array_split(np.argsort(claimed, kind="stable"), bins)
-    return [(float(claimed[part].mean()), float(true[part].mean())) for part in parts]
-
-
-def decisions(probabilities: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Whether each class is the right one, and its probability, pooled over classes; of two classes only the second."""
+def one_versus_rest(probabilities: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Whether each class is the right one, and its probability, pooled over the classes; of two classes only the second."""
     right = np.eye(probabilities.shape[1])[targets]  # (rows, classes)
     columns = slice(1, None) if probabilities.shape[1] == 2 else slice(None)  # noqa: PLR2004
     return right[:, columns].ravel(), probabilities[:, columns].ravel()
+
+
+def roc(probabilities: np.ndarray, targets: np.ndarray) -> list[tuple[float, float]]:
+    """Points (false positive rate, true positive rate) of the ROC curve, one versus rest."""
+    false_positive_rate, true_positive_rate, _ = roc_curve(*one_versus_rest(probabilities, targets))
+    return list(zip(false_positive_rate.tolist(), true_positive_rate.tolist(), strict=True))
+
+
+def confidence(probabilities: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The probability of the second of two classes, or of the most probable of several, and whether it is the right class."""
+    if probabilities.shape[1] == 2:  # noqa: PLR2004
+        return probabilities[:, 1], targets == 1
+    return probabilities.max(axis=1), targets == probabilities.argmax(axis=1)
+
+
+def equal_mass_bins(probabilities: np.ndarray) -> list[np.ndarray]:
+    """Row numbers in bins of equally many rows, by increasing probability."""
+    return np.array_split(np.argsort(probabilities, kind="stable"), BINS)
+
+
+def calibration(probabilities: np.ndarray, outcomes: np.ndarray) -> list[tuple[float, float, int]]:
+    """Points (mean probability, observed frequency, rows), one per bin, of (rows,) against (rows,)."""
+    bins = equal_mass_bins(probabilities)
+    return [(float(probabilities[rows].mean()), float(outcomes[rows].mean()), len(rows)) for rows in bins]
+
+
+def calibration_error(probabilities: np.ndarray, outcomes: np.ndarray) -> np.ndarray:
+    """Expected calibration error (ECE) of probabilities, (rows,), for outcomes, (..., rows): the mean error of their bins.
+
+    Naeini, Cooper and Hauskrecht, "Obtaining well calibrated probabilities using Bayesian binning", AAAI 2015.
+    """
+    bins = equal_mass_bins(probabilities)
+    errors = [np.abs(outcomes[..., rows].mean(axis=-1) - probabilities[rows].mean()) * len(rows) for rows in bins]
+    return np.asarray(np.sum(errors, axis=0) / len(probabilities))
+
+
+def debiased_calibration_error(probabilities: np.ndarray, outcomes: np.ndarray) -> float:
+    """Root mean square calibration error of the bins, without the part that chance explains, of (rows,) against (rows,).
+
+    Kumar, Liang and Ma, "Verified uncertainty calibration", NeurIPS 2019.
+    """
+    squares = [
+        ((outcomes[rows].mean() - probabilities[rows].mean()) ** 2 - outcomes[rows].var(ddof=1) / len(rows)) * len(rows)
+        for rows in equal_mass_bins(probabilities)
+    ]
+    return float(np.sqrt(max(0.0, np.sum(squares) / len(probabilities))))
+
+
+def check_gates(metrics: dict[str, Any], at_least: dict[str, float], at_most: dict[str, float] | None = None) -> None:
+    """Raise PipelineError with every metric that misses its bound."""
+    missed = []
+    bounds = [(*gate, "below", 1) for gate in at_least.items()] + [(*gate, "above", -1) for gate in (at_most or {}).items()]
+    for name, bound, side, sign in bounds:
+        value: Any = metrics
+        for key in name.split("."):
+            if not isinstance(value, dict) or key not in value:
+                raise PipelineError(f"params.yaml: the gate {name!r} is not a metric; expected one of {', '.join(metrics)}")
+            value = value[key]
+        if not sign * value >= sign * bound:
+            missed.append(f"{name} is {value:.4f}, {side} its bound {bound:.4f}")
+    if missed:
+        raise PipelineError("quality gate missed: " + "; ".join(missed))

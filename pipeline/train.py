@@ -1,7 +1,8 @@
-"""Train one model on its prepared rows: in memory, in one loop, on one device or in several processes."""
+"""Train one model on its prepared rows: in memory and in one loop. torchrun trains it in several processes."""
 
+import io
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,17 +12,19 @@ import torch
 from dvclive.live import Live
 from torch import Tensor
 from torch.nn.functional import cross_entropy, mse_loss
+from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 import models.network
+from models.files import atomic_write
 from models.network import Predictor
-from pipeline.distributed import ALONE, Alone, joined, launch, launched
-from pipeline.stage import NotNegative, PipelineError, Positive, Section, Share, folder, load_params, load_rows, main
+from pipeline import distributed
+from pipeline.common import NotNegative, Paths, PipelineError, Positive, Section, Share, load_params, load_rows, main
 
-KEEP_MEMORY = 31 * 2**20  # bytes; glibc unmaps freed blocks larger than the largest one freed so far, if that is below 32 MiB
-CURVE_POINTS = 100  # at most so many points a learning curve
+MMAP_THRESHOLD_BYTES = 31 * 2**20  # just below 32 MiB, glibc's upper limit of the dynamic threshold
+CURVE_POINTS = 100  # maximum per learning curve
 
-Point = dict[str, dict[str, float]]  # of learning curves: train | validation -> loss | accuracy -> value
+Point = dict[str, dict[str, float]]  # of the learning curves: train | validation -> loss | accuracy -> value
 
 
 class Params(Section, frozen=True, kw_only=True):
@@ -29,87 +32,92 @@ class Params(Section, frozen=True, kw_only=True):
 
     seed: int
     device: str  # auto | cpu | cuda
-    epochs: NotNegative  # of gradient descent; 0 where the network's `solve` has found the weights
+    epochs: NotNegative  # of gradient descent; 0 if the network's `solve` finds the weights
     batch_size: Positive = 2**31  # rows; more than there are means full batches
     optimizer: dict[str, Any] = msgspec.field(default_factory=dict)  # `name`: a class of torch.optim; the rest are its arguments
-    warmup: Share = 0.0  # of all steps in which the learning rate rises; then it falls to 0 along a cosine
+    warmup: Share = 0.0  # of all steps, during which the learning rate rises; then it falls to 0 along a cosine
     label_smoothing: Share = 0.0
-    precision: str = "float32"  # of the network's arithmetic: float32 | bfloat16, which is quicker where the processor has it
-    validation_rows: NotNegative = 0  # so many random training rows are held out, to choose settings by
-    threads: NotNegative = 0  # of torch on the CPU, a process; 0: one a core. Small networks are quicker with 1
-    processes: Positive = 1  # that share each batch, on all hosts together
+    precision: str = "float32"  # of the network's arithmetic: float32 | bfloat16, which is faster on CPUs that support it
+    validation_rows: NotNegative = 0  # random training rows that are held out, to choose settings by
+    threads: NotNegative = 0  # of torch on the CPU; 0: one per core. Small networks are faster with 1
     network: str | dict[str, Any] = msgspec.field(default_factory=dict)  # keywords of the model's Network, or only its `name`
 
     def __post_init__(self) -> None:
         if self.precision not in ("float32", "bfloat16"):
-            raise ValueError(f"precision: {self.precision!r} is not known; use float32 or bfloat16")
+            raise ValueError(f"precision: expected float32 or bfloat16, got {self.precision!r}")
 
 
-def choose_device(wish: str) -> torch.device:
-    """`auto` is CUDA when there is a GPU. Raises PipelineError when CUDA is demanded and there is none."""
-    if wish not in ("auto", "cpu", "cuda"):
-        raise PipelineError(f"device: {wish!r} is not known; use auto, cpu or cuda")
-    if wish == "cuda" and not torch.cuda.is_available():
-        raise PipelineError("device: cuda is demanded, but torch sees no GPU; use auto or cpu")
-    return torch.device("cuda" if wish != "cpu" and torch.cuda.is_available() else "cpu")
+def choose_device(name: str) -> torch.device:
+    """`auto` is CUDA when there is a GPU. Raises PipelineError when CUDA is required and there is none."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise PipelineError(f"device: expected auto, cpu or cuda, got {name!r}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise PipelineError("device: cuda needs a GPU, and torch sees none; use auto or cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def build(model: str, network: str | dict[str, Any]) -> Predictor:
-    """The model's network, untrained. Raises PipelineError when it does not take these arguments."""
+    """The model's untrained network. Raises PipelineError when it does not accept these arguments."""
     try:
         return models.network.build(model, network)
     except (TypeError, ValueError) as error:
         raise PipelineError(f"params.yaml: models.{model}.train.network: {error}") from error
 
 
-def build_optimizer(network: Predictor, arguments: dict[str, Any]) -> torch.optim.Optimizer:
-    """An optimiser of torch.optim by name. Raises PipelineError when there is none, or it does not take these arguments."""
+def load_network(model: str) -> Predictor:
+    """The trained network, in evaluation mode. Raises PipelineError when `train` has not run."""
+    network = build(model, load_params(model, "train", Params).network).eval()
+    try:
+        network.load_state_dict(torch.load(Paths(model).trained / "model.pt", weights_only=True))
+    except FileNotFoundError as error:
+        raise PipelineError(f"{error.filename} is missing: run `dvc repro`") from None
+    return network
+
+
+def build_optimizer(parameters: Iterable[Tensor], arguments: dict[str, Any]) -> torch.optim.Optimizer:
+    """An optimiser of torch.optim. Raises PipelineError when `name` is not one, or it does not accept the other arguments."""
     options = dict(arguments)
     kind = getattr(torch.optim, str(options.pop("name", None)), None)
     if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
-        raise PipelineError(f"optimizer: {arguments.get('name')!r} is no optimiser of torch.optim; use SGD, RMSprop, Adam or AdamW")
+        raise PipelineError(f"optimizer.name: expected a class of torch.optim such as SGD or AdamW, got {arguments.get('name')!r}")
     try:
-        return kind(network.parameters(), **options)
+        return kind(parameters, **options)
     except (TypeError, ValueError) as error:
         raise PipelineError(f"optimizer: {kind.__name__}: {error}") from error
 
 
-def schedule(warmup: float, steps: int) -> Any:
-    """Factor of the learning rate by step: a linear rise over the share `warmup` of all steps, then half a cosine to 0."""
+def schedule(optimizer: torch.optim.Optimizer, warmup: float, steps: int) -> LambdaLR:
+    """Scale the learning rate: a linear rise during `warmup`, a share of all steps, then half a cosine to 0."""
     rise = max(1, round(warmup * steps))
-
-    def factor(step: int) -> float:
-        if step < rise:
-            return (step + 1) / rise
-        return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
-
-    return factor
+    fall = max(1, steps - rise)
+    return LambdaLR(
+        optimizer, lambda step: (step + 1) / rise if step < rise else 0.5 * (1 + math.cos(math.pi * (step - rise) / fall))
+    )
 
 
 def loss_of(outputs: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Mean cross entropy with class indices, mean squared error with values."""
+    """Mean cross entropy for class indices, mean squared error for values."""
     if targets.is_floating_point():
         return mse_loss(outputs, targets)
     return cross_entropy(outputs, targets, label_smoothing=label_smoothing)
 
 
-def correct(outputs: Tensor, targets: Tensor) -> Tensor:
-    """How many rows have the right class; of values none has."""
-    return targets.new_zeros(()) if targets.is_floating_point() else (outputs.argmax(dim=1) == targets).sum()
+def count_correct(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Number of rows with the right class; NaN for values."""
+    return targets.sum() * torch.nan if targets.is_floating_point() else (outputs.argmax(dim=1) == targets).sum()
 
 
-def figures(targets: Tensor, loss_sum: Tensor, right: Tensor) -> dict[str, float]:
-    """Mean loss, and of a classifier accuracy, over all rows."""
-    means = {"loss": loss_sum.item() / len(targets), "accuracy": right.item() / len(targets)}
-    return {"loss": means["loss"]} if targets.is_floating_point() else means
+def means(loss_sum: Tensor, correct: Tensor, rows: int) -> dict[str, float]:
+    """Mean loss, and a classifier's accuracy."""
+    return {"loss": loss_sum.item() / rows} | ({} if correct.isnan() else {"accuracy": correct.item() / rows})
 
 
 @torch.no_grad()
 def score(network: Predictor, inputs: Tensor, targets: Tensor) -> dict[str, float]:
-    """Mean loss, and of a classifier accuracy, over all rows, without label smoothing."""
+    """Mean loss, and a classifier's accuracy, over all rows, without label smoothing."""
     network.eval()
     outputs = torch.cat([network.outputs(rows) for rows in inputs.split(1000)])  # (rows, ...)
-    return figures(targets, loss_of(outputs, targets) * len(targets), correct(outputs, targets))
+    return means(loss_of(outputs, targets) * len(targets), count_correct(outputs, targets), len(targets))
 
 
 def fit(
@@ -118,14 +126,14 @@ def fit(
     targets: np.ndarray,
     params: Params,
     record: Callable[[int, Point], None] = lambda _epoch, _point: None,
-    group: Alone = ALONE,
 ) -> Predictor:
-    """Train a fresh network on all rows but `validation_rows`; return it on the CPU, in evaluation mode.
+    """Train a new network on all rows except `validation_rows`; return it on the CPU, in evaluation mode.
 
-    inputs: (rows, ...) as the contract describes them; targets: (rows,) class indices, or (rows, ...) values. `record` gets each
-    epoch's point of the learning curves. Every process of `group` makes this call.
+    inputs: (rows, ...) as the contract describes them; targets: (rows,) class indices, or (rows, ...) values. `record` is called
+    with points of the learning curves.
     """
-    torch.empty(KEEP_MEMORY, dtype=torch.uint8)  # freed at once: a third less CPU time in the loop, for want of page faults
+    # Allocate and free a large block once: this raises glibc's mmap threshold, so later buffers are reused without page faults.
+    torch.empty(MMAP_THRESHOLD_BYTES, dtype=torch.uint8)
     torch.manual_seed(params.seed)
     if params.threads:
         torch.set_num_threads(params.threads)
@@ -134,7 +142,7 @@ def fit(
 
     x, y = torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device)
     if params.validation_rows >= len(x):
-        raise PipelineError(f"validation_rows: {params.validation_rows} leaves none of {len(x)} rows to train on")
+        raise PipelineError(f"validation_rows: expected fewer than the {len(x)} training rows, got {params.validation_rows}")
     held_out, rows = torch.randperm(len(x)).to(device).split([params.validation_rows, len(x) - params.validation_rows])
     validation_x, validation_y, x, y = x[held_out], y[held_out], x[rows], y[rows]
     network.adapt(x)
@@ -143,85 +151,63 @@ def fit(
         record(0, {"train": score(network, x, y)})
         return network.cpu().eval()
 
-    optimizer = build_optimizer(network, params.optimizer)
-    steps = params.epochs * group.batches(len(x), params.batch_size)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(params.warmup, steps))
-    outputs_of = group.wrap(network)
-    title = f"train {model} on {device.type}"
-    progress = tqdm(range(params.epochs), desc=title, unit="epoch", mininterval=0.5, disable=group.rank > 0)
-    for epoch in progress:
+    outputs_of, sampler, batch_size = distributed.share(network, len(x), params.batch_size, params.seed)
+    optimizer = build_optimizer(network.parameters(), params.optimizer)
+    scheduler = schedule(optimizer, params.warmup, params.epochs * math.ceil(len(sampler) / batch_size))
+    title, hidden = f"train {model} on {device.type}", distributed.rank() > 0
+    for epoch in (progress := tqdm(range(params.epochs), title, unit="epoch", mininterval=0.5, disable=hidden)):
         network.train()
-        loss_sum, right = torch.zeros(2, device=device)
-        for whole in group.agree(torch.randperm(len(x), device=device)).split(params.batch_size):
-            batch, weight = group.share(whole)
+        sampler.set_epoch(epoch)
+        loss_sum, correct = torch.zeros(2, device=device)
+        for batch in torch.tensor(list(sampler), device=device).split(batch_size):
             with torch.autocast(device.type, torch.bfloat16, enabled=params.precision == "bfloat16"):
                 outputs = outputs_of(network.augment(x[batch])).float()  # (batch, ...)
             loss = loss_of(outputs, y[batch], params.label_smoothing)
             optimizer.zero_grad()
-            (loss * weight).backward()
+            loss.backward()
             optimizer.step()
             scheduler.step()
             loss_sum += loss.detach() * len(batch)
-            right += correct(outputs, y[batch])
+            correct += count_correct(outputs, y[batch])
 
         if (epoch + 1) % math.ceil(params.epochs / CURVE_POINTS) == 0 or epoch + 1 == params.epochs:
-            point = {"train": figures(y, *group.sums(loss_sum, right))}
+            point = {"train": means(loss_sum, correct, len(sampler))}
             if len(held_out):
                 point["validation"] = score(network, validation_x, validation_y)
             record(epoch + 1, point)
-            shown = {f"{part} {name}": f"{value:.4f}" for part, values in point.items() for name, value in values.items()}
-            progress.set_postfix(shown, refresh=False)
+            progress.set_postfix({f"{part} loss": f"{values['loss']:.4f}" for part, values in point.items()}, refresh=False)
     return network.cpu().eval()
 
 
 @contextmanager
 def curves(model: str) -> Iterator[Callable[[int, Point], None]]:
-    """Learning curves on disk, to which points can be added."""
-    with Live(str(folder(model) / "curves"), dvcyaml=False, save_dvc_exp=False) as live:
+    """A function that adds a point to the learning curves on disk; a single point at epoch 0 is not a curve."""
+    with Live(str(Paths(model).training), dvcyaml=False, save_dvc_exp=False) as live:
+        (Paths(model).training / "plots" / "metrics").mkdir(parents=True, exist_ok=True)  # DVC expects it even if it is empty
 
         def record(epoch: int, point: Point) -> None:
             live.step = epoch
             for part, values in point.items():
                 for name, value in values.items():
-                    live.log_metric(f"{part}/{name}", value)
+                    live.log_metric(f"{part}/{name}", value, plot=epoch > 0)
             live.make_summary()
 
         yield record
 
 
 def train(model: str) -> None:
-    """Stage: prepared rows -> checkpoint.pt (state_dict), whole or not at all, and learning curves."""
+    """Stage: prepared rows -> model.pt (state_dict) and learning curves. With several processes, rank 0 writes them."""
     params = load_params(model, "train", Params)
-    device = choose_device(params.device)
-    if launched():
-        network = train_together(model, params, device)
-    elif params.processes > 1:
-        launch(params.processes, "pipeline.train", model)
-        return
-    else:
-        data = load_rows(model)
+    data = load_rows(model)
+    with distributed.process_group(choose_device(params.device)):
+        if distributed.rank():
+            fit(model, data.train_inputs, data.train_targets, params)
+            return
         with curves(model) as record:
-            network = fit(model, data["train_inputs"], data["train_targets"], params, record)
-    if network:
-        unfinished = folder(model) / "checkpoint.part"
-        torch.save(network.state_dict(), unfinished)
-        unfinished.replace(unfinished.with_suffix(".pt"))
-
-
-def train_together(model: str, params: Params, device: torch.device) -> Predictor | None:
-    """Train as one of several processes. Rank 0 gets the network, and writes the curves at the end: who is cut off leaves none."""
-    points: dict[int, Point] = {}
-    with joined(params.processes, device) as group:
-        data = load_rows(model)
-        inputs, targets = data["train_inputs"], data["train_targets"]
-        group.check(msgspec.json.encode(params), inputs, targets)
-        network = fit(model, inputs, targets, params, points.__setitem__, group)
-    if group.rank:
-        return None
-    with curves(model) as record:
-        for epoch, point in points.items():
-            record(epoch, point)
-    return network
+            network = fit(model, data.train_inputs, data.train_targets, params, record)
+    state = io.BytesIO()
+    torch.save(network.state_dict(), state)
+    atomic_write(Paths(model).trained / "model.pt", state.getvalue())
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Diabetes among Pima women: eight measurements in physical units in, the probability of a positive test out."""
+"""Diabetes among Pima women: eight measurements in physical units -> the probability of a positive test."""
 
 from models.contract import Contract, Feature, Input, Output
 
 CONTRACT = Contract(
     description="Estimates the probability of a positive diabetes test within five years from eight measurements.",
-    intended_use="Teaching, and comparing methods on a well-known data set; not for decisions about anybody's health.",
-    warning="768 women of one community, measured decades ago, are no basis for a diagnosis.",
+    intended_use="For teaching and benchmarking only, not for medical decisions.",
+    warning="Trained on data from 768 Pima women collected decades ago.",
     input=Input(
         name="features",
         datatype="FP32",

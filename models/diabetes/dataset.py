@@ -1,4 +1,4 @@
-"""768 women of the Pima, eight measurements each, and whether a diabetes test was positive (268 were) within five years.
+"""Eight measurements of 768 Pima women, and whether a diabetes test within five years was positive (268 were).
 
 Donor: National Institute of Diabetes and Digestive and Kidney Diseases / V. Sigillito, 1990; public domain.
 """
@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from models.dataset import SAMPLES, Dataset, read_sample
+from models.files import atomic_write
 
 FILE = "pima-indians-diabetes.csv"
 SHA256 = "1241db9c7075f9f2c732c4aef4cd9bc375905f40a28c21a4521a5ee8f6122ce6"
@@ -16,10 +17,9 @@ SHA256 = "1241db9c7075f9f2c732c4aef4cd9bc375905f40a28c21a4521a5ee8f6122ce6"
 def load(raw: Path, *, test_fraction: float, seed: int) -> Dataset:
     """Rows in the physical units of the file (0 where not measured), split at random within each class.
 
-    Raises DataError when the file in the repository is damaged.
+    Raises DataError when the file in the repository is missing or damaged.
     """
-    raw.mkdir(parents=True, exist_ok=True)
-    (raw / FILE).write_bytes(read_sample(SAMPLES / "diabetes" / FILE, SHA256))
+    atomic_write(raw / FILE, read_sample(SAMPLES / "diabetes" / FILE, SHA256))
     table = np.loadtxt(raw / FILE, delimiter=",", skiprows=1, dtype=np.float32)  # (768, 9)
     inputs, targets = table[:, :8], table[:, 8].astype(np.int64)
     test = np.zeros(len(targets), dtype=bool)

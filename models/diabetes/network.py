@@ -1,4 +1,4 @@
-"""Two networks for eight measurements with gaps: the default `gaps`, and the `tutorial`'s 8-6-4-1, with preprocessing inside."""
+"""Two networks for eight measurements with missing values; the preprocessing is part of the network."""
 
 import torch
 from torch import Tensor, nn
@@ -6,15 +6,15 @@ from torch import Tensor, nn
 from models.network import Classifier
 
 ZERO_IS_MISSING = (False, True, True, True, True, True, False, False)  # glucose, blood pressure, skin, insulin, BMI
-FLAGGED = [column for column, flagged in enumerate(ZERO_IS_MISSING) if flagged]
+INDICATED = [column for column, indicated in enumerate(ZERO_IS_MISSING) if indicated]
 
 
 class Network(Classifier):
     """Measurements -> missing ones replaced by the training median -> standardised -> layers -> P(positive).
 
-    `gaps`: 8 measurements and 5 flags of what was not measured - `hidden` tanh - 1.
-    `tutorial`: 8 - 6 sigmoid - 4 sigmoid - 1, without flags; `hidden` does not concern it.
-    Raises ValueError for another name or no hidden unit.
+    `missing_indicators`: 8 measurements and 5 missing-value indicators - `hidden` tanh - 1.
+    `tutorial`: 8 - 6 sigmoid - 4 sigmoid - 1, without indicators; `hidden` has no effect.
+    Raises ValueError for another name or fewer than one hidden unit.
     """
 
     zero_is_missing: Tensor
@@ -22,35 +22,36 @@ class Network(Classifier):
     mean: Tensor
     scale: Tensor
 
-    def __init__(self, *, name: str = "gaps", hidden: int = 16) -> None:
+    def __init__(self, *, name: str = "missing_indicators", hidden: int = 16) -> None:
         super().__init__()
-        if name not in ("gaps", "tutorial") or hidden < 1:
-            raise ValueError(f"there is no network {name!r} with {hidden} hidden units; use gaps or tutorial, and at least 1")
+        if name not in ("missing_indicators", "tutorial"):
+            raise ValueError(f"name: expected missing_indicators or tutorial, got {name!r}")
+        if hidden < 1:
+            raise ValueError(f"hidden: expected at least 1, got {hidden}")
         self.register_buffer("zero_is_missing", torch.tensor(ZERO_IS_MISSING), persistent=False)
         self.register_buffer("median", torch.zeros(8))
         self.register_buffer("mean", torch.zeros(8))
         self.register_buffer("scale", torch.ones(8))
-        self.flags = name == "gaps"
-        if self.flags:
-            self.layers = nn.Sequential(nn.Linear(8 + len(FLAGGED), hidden), nn.Tanh(), nn.Linear(hidden, 1))
+        self.indicators = name == "missing_indicators"
+        if self.indicators:
+            self.layers = nn.Sequential(nn.Linear(8 + len(INDICATED), hidden), nn.Tanh(), nn.Linear(hidden, 1))
         else:
             self.layers = nn.Sequential(nn.Linear(8, 6), nn.Sigmoid(), nn.Linear(6, 4), nn.Sigmoid(), nn.Linear(4, 1))
 
-    def missing(self, inputs: Tensor) -> Tensor:
-        """(batch, 8) -> (batch, 8): where a measurement was not taken."""
+    def is_missing(self, inputs: Tensor) -> Tensor:
         return inputs.isnan() | (self.zero_is_missing & (inputs == 0))
 
     def adapt(self, inputs: Tensor) -> None:
         """Take median, mean and standard deviation of each measurement from the training rows, (batch, 8)."""
-        self.median = inputs.masked_fill(self.missing(inputs), torch.nan).nanmedian(dim=0).values
-        filled = torch.where(self.missing(inputs), self.median, inputs)
+        self.median = inputs.masked_fill(self.is_missing(inputs), torch.nan).nanmedian(dim=0).values
+        filled = torch.where(self.is_missing(inputs), self.median, inputs)
         self.mean, self.scale = filled.mean(dim=0), filled.std(dim=0)
 
     def logits(self, inputs: Tensor) -> Tensor:
         """(batch, 8) measurements -> (batch, 2): softmax([0, z]) is [1 - sigmoid(z), sigmoid(z)]."""
-        missing = self.missing(inputs)
+        missing = self.is_missing(inputs)
         x = (torch.where(missing, self.median, inputs) - self.mean) / self.scale  # (batch, 8)
-        if self.flags:
-            x = torch.cat([x, missing[:, FLAGGED].to(x.dtype)], dim=1)  # (batch, 13)
+        if self.indicators:
+            x = torch.cat([x, missing[:, INDICATED].to(x.dtype)], dim=1)  # (batch, 13)
         positive = self.layers(x)  # (batch, 1)
         return torch.cat([torch.zeros_like(positive), positive], dim=1)  # (batch, 2)

@@ -13,8 +13,8 @@ BITS = 10
 class Network(Classifier):
     """A perceptron with one hidden layer over the bits of a number, each bit as -1 or +1.
 
-    The hidden units are sines (Sitzmann et al. 2020): each bit turns a unit's phase, so one unit can go round with period 3 or 5,
-    which takes hundreds of ReLUs. At the start a bit turns it by up to a quarter of a circle.
+    The hidden units are sines (Sitzmann et al. 2020): each bit shifts a unit's phase, so one unit can have period 3 or 5, which
+    takes hundreds of ReLUs. Initial shifts are up to a quarter of a period.
     """
 
     masks: Tensor

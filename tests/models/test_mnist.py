@@ -11,8 +11,8 @@ import torch
 from models.mnist.contract import CONTRACT
 from models.mnist.network import NETWORKS, Network
 from models.network import Predictor
+from pipeline.common import PipelineError
 from pipeline.export import to_onnx
-from pipeline.stage import PipelineError
 from pipeline.train import build
 
 TUTORIAL_MLP = sum((size + 1) * following for size, following in pairwise((784, 512, 256, 128, 64, 10)))
@@ -20,7 +20,7 @@ TUTORIAL_MLP = sum((size + 1) * following for size, following in pairwise((784, 
 every_network = pytest.mark.parametrize("name", NETWORKS)
 
 
-def made(name: str) -> Predictor:
+def built(name: str) -> Predictor:
     """A network, untrained, in evaluation mode."""
     torch.manual_seed(0)
     return build("mnist", name).eval()
@@ -29,7 +29,7 @@ def made(name: str) -> Predictor:
 @cache
 def exported(name: str) -> bytes:
     """Its ONNX file."""
-    return to_onnx(made(name), CONTRACT, torch.zeros(2, *CONTRACT.input.shape, dtype=torch.uint8), 20).SerializeToString()
+    return to_onnx(built(name), CONTRACT, torch.zeros(2, *CONTRACT.input.shape, dtype=torch.uint8), 20).SerializeToString()
 
 
 def parameters(network: Predictor) -> int:
@@ -38,40 +38,40 @@ def parameters(network: Predictor) -> int:
 
 
 @every_network
-def test_every_network_gives_the_same_answers_as_its_onnx_file(name: str) -> None:
-    """At any batch size its graph gives the contract's tensors and its own probabilities."""
-    network, digits = made(name), torch.randint(0, 256, (7, *CONTRACT.input.shape), dtype=torch.uint8)
+def test_every_network_predicts_the_same_as_its_onnx_file(name: str) -> None:
+    """At any batch size the graph has the contract's tensors and the network's probabilities."""
+    network, digits = built(name), torch.randint(0, 256, (7, *CONTRACT.input.shape), dtype=torch.uint8)
     session = onnxruntime.InferenceSession(exported(name), providers=["CPUExecutionProvider"])
     for batch in (1, 2, 7):
-        (answers,) = session.run([CONTRACT.output.name], {CONTRACT.input.name: digits[:batch].numpy()})
-        assert answers.shape == (batch, *CONTRACT.output.shape)
+        (predictions,) = session.run([CONTRACT.output.name], {CONTRACT.input.name: digits[:batch].numpy()})
+        assert predictions.shape == (batch, *CONTRACT.output.shape)
         with torch.inference_mode():
-            np.testing.assert_allclose(answers, network(digits[:batch]).numpy(), rtol=0, atol=1e-5)
+            np.testing.assert_allclose(predictions, network(digits[:batch]).numpy(), rtol=0, atol=1e-5)
 
 
 @every_network
 def test_every_network_can_be_trained(name: str) -> None:
     """Each parameter has a gradient after one batch of varied digits."""
-    network, digits = made(name).train(), torch.randint(0, 256, (8, *CONTRACT.input.shape), dtype=torch.uint8)
+    network, digits = built(name).train(), torch.randint(0, 256, (8, *CONTRACT.input.shape), dtype=torch.uint8)
     network.outputs(network.augment(digits)).square().sum().backward()
     assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in network.parameters())
 
 
 def test_tiny_is_tiny() -> None:
     """At most 8,000 parameters, and 40 KB of ONNX with the preprocessing in it."""
-    assert parameters(made("tiny")) <= 8000
+    assert parameters(built("tiny")) <= 8000
     assert len(exported("tiny")) <= 40_000
 
 
 def test_mlp_is_the_tutorials() -> None:
     """784-512-256-128-64-10, each layer with a bias."""
-    assert parameters(made("mlp")) == TUTORIAL_MLP == 575_050
+    assert parameters(built("mlp")) == TUTORIAL_MLP == 575_050
 
 
-def test_an_unknown_network_is_named_beside_the_known_ones() -> None:
-    """The network raises ValueError, and the pipeline says which entry of params.yaml is wrong."""
-    known = "there is no network 'cnnn'; use cnn, mlp, inception, tiny, record"
-    with pytest.raises(ValueError, match=known):
+def test_an_unknown_network_is_an_error() -> None:
+    """The error lists the networks, and in the pipeline it names the entry of params.yaml."""
+    expected = "name: expected one of cnn, mlp, inception, tiny, record, got 'cnnn'"
+    with pytest.raises(ValueError, match=expected):
         Network(name="cnnn")
-    with pytest.raises(PipelineError, match=f"params.yaml: models.mnist.train.network: {known}"):
+    with pytest.raises(PipelineError, match=f"params.yaml: models.mnist.train.network: {expected}"):
         build("mnist", "cnnn")
