@@ -123,14 +123,17 @@ def channel(service: Service) -> Iterator[grpc.Channel]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what needs the trained workspace as slow, and run it first.
+    """Mark what needs the trained workspace as slow, and let one process train it while another runs what does without.
 
-    With `--dist worksteal` one process trains the workspace while the others begin at the other end.
+    `--dist worksteal` gives each of two processes one half of the tests, so the others start in the middle.
     """
+    needing, others = [], []
     for item in items:
-        if "workspace" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.slow)
-    items.sort(key=lambda item: "workspace" not in getattr(item, "fixturenames", ()))
+        (needing if "workspace" in getattr(item, "fixturenames", ()) else others).append(item)
+    for item in needing:
+        item.add_marker(pytest.mark.slow)
+    middle = len(items) // 2
+    items[:] = [*needing[:middle], *others, *needing[middle:]]
 
 
 @pytest.hookimpl(trylast=True)
