@@ -1,9 +1,13 @@
 """Training in one or several processes, on the MNIST sample: `torchrun --nproc-per-node 2 -m benchmarks.distributed`.
 
-Each seed trains the network of params.yaml on 4,500 digits with one thread per process, with the same batch size for all processes
-together; without torchrun (`python -m benchmarks.distributed`) there is one process. Test loss and accuracy are measured on the 500
-held-out digits; wall seconds are those of `fit`. It has not been run on a GPU.
+Each seed trains the network of params.yaml on 4,500 digits with the same batch size for all processes together; without torchrun
+(`python -m benchmarks.distributed`) there is one process. Test loss and accuracy are measured on the 500 held-out digits; wall
+seconds are those of `fit`. It has not been run on a GPU.
 """
+
+import pipeline  # noqa: F401  sets the waiting policy of OpenMP, which is read when torch is loaded
+
+# isort: split
 
 import os
 import time
@@ -22,11 +26,12 @@ from pipeline.train import Params, fit, score
 @click.command()
 @click.option("--seeds", default=3, show_default=True)
 @click.option("--epochs", default=4, show_default=True)
-def main(seeds: int, epochs: int) -> None:
+@click.option("--threads", default=1, show_default=True, help="Per process.")
+def main(seeds: int, epochs: int, threads: int) -> None:
     """Print mean and standard deviation of test loss, test accuracy and time."""
     data = sample()
     test = torch.from_numpy(data.test_inputs), torch.from_numpy(data.test_targets)
-    base = replace(load_params("mnist", "train", Params), device="cpu", threads=1, epochs=epochs)
+    base = replace(load_params("mnist", "train", Params), device="cpu", threads=threads, epochs=epochs)
     results = []
     with process_group(torch.device("cpu")):
         for seed in range(seeds):

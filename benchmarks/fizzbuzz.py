@@ -1,10 +1,14 @@
-"""FizzBuzz on 1..100 compared with a tutorial's training loop: `python benchmarks/fizzbuzz.py`, on one core.
+"""FizzBuzz on 1..100 compared with a tutorial's training loop: `python -m benchmarks.fizzbuzz`, on one core.
 
 Both are trained on 101..1023. Ours is `pipeline.train.fit` with the settings of params.yaml, which were chosen on held-out slices
 of 101..1023; 1..100 is only used here. The tutorial is Joel Grus's network ("Fizz Buzz in Tensorflow", 2016) as in its PyTorch
 versions: ten bits as 0 and 1, one hidden layer of 100 ReLUs, SGD with a learning rate of .05, batches of 128 in order, 10,000
 epochs.
 """
+
+import pipeline  # noqa: F401  sets the waiting policy of OpenMP, which is read when torch is loaded
+
+# isort: split
 
 import time
 from collections.abc import Callable

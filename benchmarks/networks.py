@@ -1,8 +1,12 @@
-"""Accuracy of every MNIST network over several seeds: `python benchmarks/networks.py --networks tiny,record`.
+"""Accuracy of every MNIST network over several seeds: `python -m benchmarks.networks --networks tiny,record`.
 
 RECIPES were chosen on 5,000 held-out training digits (`validation_rows: 5000`), not by the accuracy that this file prints, which is
 that of the weights after the last epoch.
 """
+
+import pipeline  # noqa: F401  sets the waiting policy of OpenMP, which is read when torch is loaded
+
+# isort: split
 
 import time
 from typing import Any

@@ -1,4 +1,4 @@
-"""Compare four optimisers on one model, as DVC experiments: `python benchmarks/optimizers.py fizzbuzz`.
+"""Compare four optimisers on one model, as DVC experiments: `python -m benchmarks.optimizers fizzbuzz`.
 
 All start from the same weights and see the same batches. The workspace does not change; the experiments are called fizzbuzz-sgd,
 fizzbuzz-momentum and so on. `dvc exp show` lists their metrics, and the command that is printed at the end draws their learning
