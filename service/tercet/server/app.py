@@ -8,7 +8,6 @@ import signal
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
-from math import inf
 from typing import Any
 from weakref import WeakSet
 
@@ -46,7 +45,6 @@ CONNECTION_OPTIONS = {  # times in ms
 DRAIN_POLL_SECONDS, DRAIN_MAX_POLLS = 0.1, 5  # each step of the shutdown waits for a period without new calls
 
 SERVICE_NAMES = (*(service.name for service in SERVICES), health.SERVICE_NAME, reflection.SERVICE_NAME)
-SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 class Health(health.aio.HealthServicer):  # type: ignore[misc]  # it has no types
@@ -88,7 +86,7 @@ class Server:
         The metrics are counted in `memory`. `relay` is called with `load NAME` or `unload NAME` after a client's request, for other
         processes to do the same. Raises StartupError when a model cannot be loaded or the port is taken.
         """
-        self._tracing = _start_tracing(config.trace_endpoint)
+        self._tracing = _start_tracing(config.trace_endpoint) if config.trace_endpoint else None
         interceptors: list[grpc.aio.ServerInterceptor] = [self._tracing.interceptor] if self._tracing else []
         interceptors += [BearerTokens(config.token_file)] if config.token_file else []
         self.telemetry, self.calls, self._health = Telemetry(memory), Calls(), Health()
@@ -136,13 +134,12 @@ class Server:
             await self.reload_changed()
 
     async def _publish_health(self) -> None:
-        loaded = self.repository.loaded_names()
         for name in self.repository.all_names():
-            await self.set_health(name, serving=name in loaded)
+            await self.set_health(name, serving=name in self.repository.loaded_names())
 
     async def set_health(self, name: str, *, serving: bool) -> None:
-        """Set the status that the health service reports for a name."""
-        await self._health.set(name, SERVING if serving else NOT_SERVING)
+        status = health_pb2.HealthCheckResponse.ServingStatus
+        await self._health.set(name, status.SERVING if serving else status.NOT_SERVING)
 
     async def run(self) -> None:
         """Serve until SIGTERM, SIGINT or `stopping`; SIGHUP reloads models at once."""
@@ -183,9 +180,7 @@ class Server:
                 return
 
 
-def _start_tracing(endpoint: str | None) -> Any:
-    if endpoint is None:
-        return None
+def _start_tracing(endpoint: str) -> Any:
     try:
         from tercet.server.tracing import Tracing  # noqa: PLC0415  needs the extra `trace`
     except ImportError as error:
@@ -198,14 +193,10 @@ def _grpc_options(config: Config) -> dict[str, int]:
         "grpc.so_reuseport": int(config.workers > 1),
         "grpc.max_receive_message_length": config.max_message_bytes,
         "grpc.max_concurrent_streams": config.max_concurrent_streams,
-        "grpc.max_connection_age_ms": _milliseconds(config.max_connection_age or inf),
-        "grpc.max_connection_age_grace_ms": _milliseconds(config.grace),
+        "grpc.max_connection_age_ms": int(config.max_connection_age * 1e3) or MAX_INT,  # the largest means never
+        "grpc.max_connection_age_grace_ms": int(config.grace * 1e3),
         **CONNECTION_OPTIONS,
     }
-
-
-def _milliseconds(seconds: float) -> int:
-    return int(min(max(1, seconds * 1e3), MAX_INT))
 
 
 async def serve(config: Config, ready: Callable[[Config, Mapping[str, str]], None]) -> None:

@@ -33,18 +33,18 @@ class ReloadingFile(Generic[T]):
         self._fingerprint = self._read_fingerprint()
         self.value = parse(*paths)
 
-    def refresh(self) -> bool:
-        """Parse the files again if they have changed. Returns whether there is a new value."""
+    def refresh(self) -> T | None:
+        """Parse the files again if they have changed. Returns the new value, if there is one."""
         previous, self._fingerprint = self._fingerprint, self._read_fingerprint()
         if self._fingerprint == previous:
-            return False
+            return None
         try:
             self.value = self._parse(*self._paths)
         except StartupError as error:
             log.error("%s; the previous value stays in use", error)  # noqa: TRY400  the operator needs no traceback
-            return False
+            return None
         log.info("reloaded %s", ", ".join(map(str, self._paths)))
-        return True
+        return self.value
 
     def _read_fingerprint(self) -> list[tuple[int, int, int]]:
         with suppress(OSError):  # a file is missing
@@ -85,11 +85,8 @@ def _read(path: Path) -> bytes:
 
 def _read_tokens(path: Path) -> list[bytes]:
     tokens = [line.strip() for line in _read(path).split(b"\n") if line.strip()]
-    if not tokens:
-        raise StartupError(f"{path} is empty; expected one token per line")
-    for number, token in enumerate(tokens, 1):
-        if not re.fullmatch(rb"[!-~]+", token):
-            raise StartupError(f"{path}: token {number} must be printable ASCII without spaces")
+    if not tokens or not all(re.fullmatch(rb"[!-~]+", token) for token in tokens):
+        raise StartupError(f"{path} must have one token per line, each of printable ASCII characters without spaces")
     return tokens
 
 
@@ -127,11 +124,8 @@ def tls_credentials(config: Config) -> grpc.ServerCredentials:
     if not paths:
         return grpc.insecure_server_credentials()
     files = ReloadingFile(_read_tls_files, *paths)
-    return grpc.dynamic_ssl_server_credentials(
-        files.value,
-        lambda: files.value if files.refresh() else None,  # type: ignore[arg-type, return-value]  # None: no change
-        require_client_authentication=config.tls_client_ca is not None,
-    )
+    mutual = config.tls_client_ca is not None
+    return grpc.dynamic_ssl_server_credentials(files.value, files.refresh, require_client_authentication=mutual)  # type: ignore[arg-type]
 
 
 def _read_tls_files(certificate: Path, key: Path, client_ca: Path | None = None) -> grpc.ServerCertificateConfiguration:

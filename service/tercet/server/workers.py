@@ -64,10 +64,9 @@ class Workers:
             keepers = [asyncio.create_task(self._keep_running(index)) for index in range(self.config.workers)]
             await self._stopping.wait()
             log.info("shutting down %d workers", len(self._running))
-            self._signal(signal.SIGTERM)
-            await asyncio.gather(*keepers)
         finally:
             self._signal(signal.SIGTERM)
+        await asyncio.gather(*keepers)
 
     async def _start(self, index: int) -> dict[str, str]:
         """Start a worker; return its Repository.engines once it accepts calls. Raises StartupError when it does not."""
@@ -155,12 +154,10 @@ async def _work(config: Config, memory: MetricMemory) -> None:
             else:
                 running, _, expected = line.split()
                 await server.set_health("workers", serving=running == expected)
-        server.stopping.set()
 
-    async with asyncio.TaskGroup() as tasks:
-        listening = tasks.create_task(listen())
-        await server.run()
-        listening.cancel()
+    listening = asyncio.create_task(listen())
+    listening.add_done_callback(lambda _: server.stopping.set())
+    await server.run()
 
 
 def main(config_json: str, file: str) -> None:
