@@ -114,8 +114,8 @@ def test_token(workspace: Path, tmp_path: Path) -> None:
         (["--queue-timeout", "nan"], "must be 0.001 or more"),
         (["--max-delay", "-1"], "must be 0 or more"),
         (["--token-file", "nowhere"], "nowhere cannot be read"),
-        (["--token-file", "/dev/null"], "/dev/null is empty"),
-        (["--token-file", str(BIN / "python")], "must be printable ASCII"),
+        (["--token-file", "/dev/null"], "/dev/null must have one token per line"),
+        (["--token-file", str(BIN / "python")], "each of printable ASCII characters"),
         (["--nope"], "No such option '--nope'"),
     ],
 )

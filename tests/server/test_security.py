@@ -167,7 +167,7 @@ ANY = "0.0.0.0"  # noqa: S104  this is tested
         ({"tls_certificate": "ca.pem", "tls_key": "locked.key"}, "the key without a password"),
         ({"tls_certificate": "ca.pem", "tls_key": "ca.key", "tls_client_ca": "ca.key"}, "ca.key has no certificates"),
         ({"tls_certificate": "ca.pem", "tls_key": "ca.key", "tls_client_ca": "nowhere"}, "nowhere cannot be read"),
-        ({"token_file": "ca.pem"}, "token 1 must be printable ASCII"),
+        ({"token_file": "ca.pem"}, "ca.pem must have one token per line"),
         ({"require_signed": "nowhere"}, "nowhere cannot be read"),
         ({"require_signed": "no.pem"}, "no.pem is not a public ed25519 key"),
         ({"require_signed": "ca.key"}, "not a public ed25519 key"),
