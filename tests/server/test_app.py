@@ -106,16 +106,16 @@ def test_token(workspace: Path, tmp_path: Path) -> None:
         (["--port", "70000"], "--port must be between 0 and 65535, got 70000"),
         (["--port", "x"], "'x' is not a valid integer"),
         (["--host", "nowhere.invalid"], "cannot listen on nowhere.invalid:0"),
-        (["--engine", "nope"], "--engine must be onnxruntime or torch, got 'nope'"),
-        (["--device", "nope"], "--device must be auto or cpu or cuda, got 'nope'"),
+        (["--engine", "nope"], "'nope' is not one of 'onnxruntime', 'torch'"),
+        (["--device", "nope"], "'nope' is not one of 'auto', 'cpu', 'cuda'"),
         (["--threads", "0"], "--threads must be between 1 and 1024, got 0"),
         (["--max-queue-rows", "1"], f"must be at least --max-request-rows, {MOST}, got 1"),
         (["--max-message-bytes", str(2**31)], "must be between 1 and"),
         (["--queue-timeout", "nan"], "must be 0.001 or more"),
         (["--max-delay", "-1"], "must be 0 or more"),
         (["--token-file", "nowhere"], "nowhere cannot be read"),
-        (["--token-file", "/dev/null"], "/dev/null is empty"),
-        (["--token-file", str(BIN / "python")], "cannot be read"),
+        (["--token-file", "/dev/null"], "/dev/null must have one token per line"),
+        (["--token-file", str(BIN / "python")], "each of printable ASCII characters"),
         (["--nope"], "No such option '--nope'"),
     ],
 )
@@ -134,7 +134,7 @@ def test_port_in_use(workspace: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         output = refusal("--models", str(workspace / "models"), "--port", str(port))
-    assert f"cannot listen on 127.0.0.1:{port}: address already in use" in output
+    assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in output
     assert "--port" in output
 
 
@@ -270,7 +270,7 @@ log = os.open(os.environ["WRITES"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 changes = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod", "os.chown"}
 def hook(event, args):
     opened = event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR)
-    if opened or event in changes:
+    if opened or (event in changes and not isinstance(args[0], int)):  # a descriptor is of a file that was opened
         in_folder = event in ("os.remove", "os.rmdir") and args[1] != -1
         folder = os.readlink(f"/proc/self/fd/{args[1]}") if in_folder else ""
         os.write(log, f"{event} {folder} {args[0]!r}\\n".encode())

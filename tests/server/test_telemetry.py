@@ -19,7 +19,7 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import CollectorRegistry
 from tercet.client import Client
-from tercet.server.telemetry import MEMORY_BYTES, MetricMemory, MetricsCollector, Telemetry
+from tercet.server.telemetry import SLOT, MetricMemory, MetricsCollector, Telemetry
 
 from tests.conftest import BIN, REPOSITORY, Service, run, serving
 
@@ -64,8 +64,6 @@ def test_buckets() -> None:
 def test_a_replacement_goes_on_counting() -> None:
     """The memory of a process that died has its counts and none of its waiting rows; the next process adds to it."""
     with TemporaryFile() as first, TemporaryFile() as second:
-        for file in (first, second):
-            file.truncate(MEMORY_BYTES)
         parent = [MetricMemory(file.fileno()) for file in (first, second)]
         for file, calls in ((first, 2), (second, 3), (first, 4)):
             worker = Telemetry(MetricMemory(file.fileno()))
@@ -84,11 +82,9 @@ def test_a_replacement_goes_on_counting() -> None:
 def test_a_partial_key_is_overwritten() -> None:
     """A key that a process had written in part when it died is not a metric, and the next one replaces it."""
     with TemporaryFile() as file:
-        file.truncate(MEMORY_BYTES)
         memory = MetricMemory(file.fileno())
         memory.values("tercet_failures_total", "Answer", "NOT_FOUND")[0] = 1
-        end = file.read().index(b"\0")
-        file.seek(end)
+        file.seek(SLOT.itemsize + SLOT.fields["key"][1])  # type: ignore[index]
         file.write(b'["tercet_failures_total","Assess","INVALID_ARG')
         file.flush()
         again = MetricMemory(file.fileno())
@@ -175,7 +171,7 @@ def test_a_taken_port_is_named(workspace: Path) -> None:
         command = [str(BIN / "tercet"), "serve", "--port", "0", "--metrics-port", port]
         ended = run(*command, cwd=workspace, check=False)
     assert ended.returncode == 1
-    assert f"metrics: cannot listen on 127.0.0.1:{port}: address already in use; choose another" in ended.stdout
+    assert f"cannot listen on 127.0.0.1:{port}: Address already in use; choose another port with --metrics-port" in ended.stdout
 
 
 def expressions() -> list[str]:

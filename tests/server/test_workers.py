@@ -118,7 +118,7 @@ def test_dead_worker_is_reported_and_replaced(workspace: Path, capfd: pytest.Cap
         assert len(children(service)) == 2
         assert survivor in children(service)
         watch.cancel()
-    assert f"(process {victim.pid}) ended with -9; the next one starts in" in capfd.readouterr().err
+    assert f"(process {victim.pid}) ended with -9; replacing it" in capfd.readouterr().err
 
 
 def test_calls_to_a_dying_worker_are_retried(pair: Service, card: Card, request_: ModelInferRequest) -> None:
@@ -185,7 +185,7 @@ def test_port_in_use(workspace: Path, *, shared: bool) -> None:
         port = taken.getsockname()[1]
         flags = ("--workers", "2", "--models", str(workspace / "models"), "--port", str(port))
         done = run(str(BIN / "tercet"), "serve", *flags, cwd=workspace, check=False)
-    message = f"tercet: cannot listen on 127.0.0.1:{port}: address already in use; choose another with --port, or 0 for a free one"
+    message = f"tercet: cannot listen on 127.0.0.1:{port}: Address already in use; choose another port with --port"
     assert (done.returncode, done.stdout.splitlines()) == (1, [message])
 
 

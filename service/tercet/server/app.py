@@ -6,8 +6,10 @@ import logging
 import os
 import signal
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
+from weakref import WeakSet
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -17,13 +19,10 @@ from tercet.errors import InvalidInputError, StartupError
 from tercet.proto import POOL
 from tercet.server.config import MAX_INT, Config
 from tercet.server.repository import Repository
-from tercet.server.rpc import Calls, TolerantServer, abort_call, check_parsed
-from tercet.server.security import BearerTokens, check_address, tls_credentials
+from tercet.server.rpc import Calls, MalformedRequest, TolerantServer, abort_call
+from tercet.server.security import BearerTokens, reserve_port, tls_credentials
 from tercet.server.servicers import SERVICES, Backend
 from tercet.server.telemetry import MetricMemory, Telemetry, start_metrics_server
-
-if TYPE_CHECKING:
-    from tercet.server.tracing import Tracing
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +45,6 @@ CONNECTION_OPTIONS = {  # times in ms
 DRAIN_POLL_SECONDS, DRAIN_MAX_POLLS = 0.1, 5  # each step of the shutdown waits for a period without new calls
 
 SERVICE_NAMES = (*(service.name for service in SERVICES), health.SERVICE_NAME, reflection.SERVICE_NAME)
-SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 class Health(health.aio.HealthServicer):  # type: ignore[misc]  # it has no types
@@ -54,7 +52,7 @@ class Health(health.aio.HealthServicer):  # type: ignore[misc]  # it has no type
 
     def __init__(self) -> None:
         super().__init__()
-        self._stopped = asyncio.Event()
+        self._watches: WeakSet[asyncio.Future[None]] = WeakSet()
 
     async def Check(self, request: Any, context: Any) -> Any:  # noqa: N802
         await _abort_if_malformed(request, context)
@@ -62,24 +60,19 @@ class Health(health.aio.HealthServicer):  # type: ignore[misc]  # it has no type
 
     async def Watch(self, request: Any, context: Any) -> None:  # noqa: N802
         await _abort_if_malformed(request, context)
-        tasks = [asyncio.ensure_future(work) for work in (super().Watch(request, context), self._stopped.wait())]
-        try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in tasks:
-                task.cancel()
+        watch = asyncio.ensure_future(super().Watch(request, context))
+        self._watches.add(watch)
+        with suppress(asyncio.CancelledError):
+            await watch
 
-    async def stop(self) -> None:
-        """Report NOT_SERVING for every name, and end the watches."""
-        await self.enter_graceful_shutdown()
-        self._stopped.set()
+    def end_watches(self) -> None:
+        for watch in self._watches:
+            watch.cancel()
 
 
 async def _abort_if_malformed(request: Any, context: Any) -> None:
-    try:
-        check_parsed(request)
-    except InvalidInputError as error:
-        await abort_call(context, error)
+    if isinstance(request, MalformedRequest):
+        await abort_call(context, InvalidInputError("request", request.reason))
 
 
 class Server:
@@ -93,8 +86,8 @@ class Server:
         The metrics are counted in `memory`. `relay` is called with `load NAME` or `unload NAME` after a client's request, for other
         processes to do the same. Raises StartupError when a model cannot be loaded or the port is taken.
         """
-        self._tracing = _start_tracing(config)
-        interceptors: list[grpc.aio.ServerInterceptor] = [self._tracing.interceptor()] if self._tracing else []
+        self._tracing = _start_tracing(config.trace_endpoint) if config.trace_endpoint else None
+        interceptors: list[grpc.aio.ServerInterceptor] = [self._tracing.interceptor] if self._tracing else []
         interceptors += [BearerTokens(config.token_file)] if config.token_file else []
         self.telemetry, self.calls, self._health = Telemetry(memory), Calls(), Health()
         self.repository = Repository(config, self.telemetry, self._tracing.record_batch if self._tracing else None)
@@ -102,7 +95,9 @@ class Server:
         self.stopping = asyncio.Event()
         self._server = grpc.aio.server(interceptors=interceptors, options=list(_grpc_options(config).items()))
         self._add_services(Backend(repository=self.repository, telemetry=self.telemetry, calls=self.calls, command=self.command))
-        self.config = replace(config, port=_bind(self._server, config))
+        if config.workers == 1:  # with several, the parent has reserved it
+            reserve_port(config).close()  # gRPC's own error names no cause, and goes to stderr
+        self.config = replace(config, port=self._server.add_secure_port(config.address, tls_credentials(config)))
 
     def _add_services(self, backend: Backend) -> None:
         server = TolerantServer(self._server)
@@ -117,7 +112,6 @@ class Server:
         """Accept calls, and report to health checks which models are served."""
         gc.freeze()  # what is loaded now stays: the collector need not traverse it
         await self._server.start()
-        await self.set_health("", serving=True)
         await self._publish_health()
         self._watching = asyncio.create_task(self._watch())
 
@@ -140,13 +134,12 @@ class Server:
             await self.reload_changed()
 
     async def _publish_health(self) -> None:
-        loaded = self.repository.loaded_names()
         for name in self.repository.all_names():
-            await self.set_health(name, serving=name in loaded)
+            await self.set_health(name, serving=name in self.repository.loaded_names())
 
     async def set_health(self, name: str, *, serving: bool) -> None:
-        """Set the status that the health service reports for a name."""
-        await self._health.set(name, SERVING if serving else NOT_SERVING)
+        status = health_pb2.HealthCheckResponse.ServingStatus
+        await self._health.set(name, status.SERVING if serving else status.NOT_SERVING)
 
     async def run(self) -> None:
         """Serve until SIGTERM, SIGINT or `stopping`; SIGHUP reloads models at once."""
@@ -168,10 +161,11 @@ class Server:
         first refused as UNAVAILABLE, until none arrive any more.
         """
         self._watching.cancel()
-        await self._health.stop()
+        await self._health.enter_graceful_shutdown()
         await self._wait_for_quiet()
         self.calls.draining = True
         await self._wait_for_quiet()
+        self._health.end_watches()
         await self._server.stop(self.config.grace)
         await self.repository.close()
         if self._tracing:
@@ -186,49 +180,29 @@ class Server:
                 return
 
 
-def _start_tracing(config: Config) -> "Tracing | None":
-    if config.trace_endpoint is None:
-        return None
+def _start_tracing(endpoint: str) -> Any:
     try:
         from tercet.server.tracing import Tracing  # noqa: PLC0415  needs the extra `trace`
     except ImportError as error:
         raise StartupError(f"--trace-endpoint needs more packages: pip install '.[trace]' ({error})") from error
-    return Tracing(config.trace_endpoint)
+    return Tracing(endpoint)
 
 
 def _grpc_options(config: Config) -> dict[str, int]:
-    """The limits of a connection, as gRPC takes them."""
-    age = {"grpc.max_connection_age_ms": _milliseconds(config.max_connection_age)} if config.max_connection_age else {}
     return {
         "grpc.so_reuseport": int(config.workers > 1),
         "grpc.max_receive_message_length": config.max_message_bytes,
         "grpc.max_concurrent_streams": config.max_concurrent_streams,
-        "grpc.max_connection_age_grace_ms": _milliseconds(config.grace),
-        **age,
+        "grpc.max_connection_age_ms": int(config.max_connection_age * 1e3) or MAX_INT,  # the largest means never
+        "grpc.max_connection_age_grace_ms": int(config.grace * 1e3),
         **CONNECTION_OPTIONS,
     }
-
-
-def _milliseconds(seconds: float) -> int:
-    return min(max(1, round(seconds * 1e3)), MAX_INT)
-
-
-def _bind(server: Any, config: Config) -> int:
-    """Bind the port, 0 for a free one; return it. Raises StartupError."""
-    if config.workers == 1:  # with several, the parent has checked and reserved it
-        check_address(config)  # gRPC's own error names no cause, and goes to stderr
-    credentials = tls_credentials(config)
-    try:
-        return int(server.add_secure_port(config.address, credentials) if credentials else server.add_insecure_port(config.address))
-    except RuntimeError as error:
-        raise StartupError(f"cannot listen on {config.address}: {error}") from error
 
 
 async def serve(config: Config, ready: Callable[[Config, Mapping[str, str]], None]) -> None:
     """Serve until SIGTERM or SIGINT. Once calls are accepted, `ready` gets the config with the actual ports, and the engines."""
     server = Server(config)
-    if config.metrics_port is not None:
-        server.config = replace(server.config, metrics_port=start_metrics_server(config, [server.telemetry.memory]))
+    server.config = start_metrics_server(server.config, [server.telemetry.memory])
     await server.start()
     ready(server.config, server.repository.engines())
     await server.run()

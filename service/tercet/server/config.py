@@ -8,7 +8,7 @@ from typing import Any
 from tercet.errors import StartupError
 
 MAX_INT = 2**31 - 1  # gRPC's settings are C ints
-MAX_PORT = 2**16 - 1
+MAX_PORT, MAX_SECONDS = 2**16 - 1, 10**6
 
 
 def option(default: Any, text: str, *, choices: tuple[str, ...] = (), minimum: float = -inf, maximum: float = inf) -> Any:
@@ -38,7 +38,7 @@ class Config:
     max_delay: float = option(0.0, "Seconds that an idle engine waits for more rows to join a batch.", minimum=0)
     queue_timeout: float = option(10.0, "Seconds that a request may wait before it is refused.", minimum=0.001)
     max_message_bytes: int = option(16 * 2**20, "Maximum size of a request message.", minimum=1, maximum=MAX_INT)
-    grace: float = option(30.0, "Seconds that requests in flight have to finish at shutdown.", minimum=0)
+    grace: float = option(30.0, "Seconds that requests in flight have to finish at shutdown.", minimum=0, maximum=MAX_SECONDS)
     metrics_port: int | None = option(None, "Port for Prometheus metrics; 0 picks a free one.", minimum=0, maximum=MAX_PORT)
     watch: float = option(1.0, "Seconds between checks for new model files; 0 never checks.", minimum=0)
     trace_endpoint: str | None = option(None, "OTLP collector to send traces to, for example http://127.0.0.1:4317.")
@@ -50,7 +50,7 @@ class Config:
     insecure: bool = option(False, "Allow plain text on addresses that other machines can reach.")  # noqa: FBT003  a default
     require_signed: Path | None = option(None, "PEM file with a public ed25519 key: serve only models signed with its private key.")
     max_concurrent_streams: int = option(1024, "Maximum concurrent calls per connection.", minimum=1, maximum=MAX_INT)
-    max_connection_age: float = option(0.0, "Seconds after which clients are asked to reconnect; 0 never asks.", minimum=0)
+    max_connection_age: float = option(0.0, "Seconds until clients have to reconnect; 0: never.", minimum=0, maximum=MAX_SECONDS)
 
     @property
     def address(self) -> str:

@@ -2,9 +2,11 @@
 
 import hmac
 import logging
+import re
 import socket
 import ssl
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
@@ -25,34 +27,29 @@ T = TypeVar("T")
 class ReloadingFile(Generic[T]):
     """A value parsed from files. Files that change are parsed again; when that fails, the last good value stays."""
 
-    def __init__(self, paths: Sequence[Path], parse: Callable[[], T]) -> None:
-        """Raise the StartupError of `parse`."""
-        self._paths, self._parse = paths, parse
-        self._fingerprints = [_fingerprint(path) for path in paths]
-        self.value = parse()
+    def __init__(self, parse: Callable[..., T], *paths: Path) -> None:
+        """`parse` gets the paths, and raises StartupError."""
+        self._parse, self._paths = parse, paths
+        self._fingerprint = self._read_fingerprint()
+        self.value = parse(*paths)
 
-    def refresh(self) -> bool:
-        """Look at the files. Returns whether there is a new value."""
-        current = [_fingerprint(path) for path in self._paths]
-        if current == self._fingerprints:
-            return False
-        self._fingerprints = current
+    def refresh(self) -> T | None:
+        """Parse the files again if they have changed. Returns the new value, if there is one."""
+        previous, self._fingerprint = self._fingerprint, self._read_fingerprint()
+        if self._fingerprint == previous:
+            return None
         try:
-            self.value = self._parse()
+            self.value = self._parse(*self._paths)
         except StartupError as error:
             log.error("%s; the previous value stays in use", error)  # noqa: TRY400  the operator needs no traceback
-            return False
+            return None
         log.info("reloaded %s", ", ".join(map(str, self._paths)))
-        return True
+        return self.value
 
-
-def _fingerprint(path: Path) -> tuple[int, int, int] | None:
-    """Modification time, size and inode of a file; None when it is missing."""
-    try:
-        stat = path.stat()
-    except OSError:
-        return None
-    return stat.st_mtime_ns, stat.st_size, stat.st_ino
+    def _read_fingerprint(self) -> list[tuple[int, int, int]]:
+        with suppress(OSError):  # a file is missing
+            return [(stat.st_mtime_ns, stat.st_size, stat.st_ino) for stat in map(Path.stat, self._paths)]
+        return []
 
 
 class BearerTokens(grpc.aio.ServerInterceptor):
@@ -60,7 +57,7 @@ class BearerTokens(grpc.aio.ServerInterceptor):
 
     def __init__(self, path: Path) -> None:
         """Read the tokens of a file, one per line. Raises StartupError when it cannot be read or has none."""
-        self._tokens = ReloadingFile([path], lambda: _read_tokens(path))
+        self._tokens = ReloadingFile(_read_tokens, path)
 
     async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], call: Any) -> Any:
         if call.method.startswith(f"/{health.SERVICE_NAME}/") or self._is_valid(dict(call.invocation_metadata)):
@@ -79,21 +76,22 @@ class BearerTokens(grpc.aio.ServerInterceptor):
         return any([hmac.compare_digest(token.encode(), each) for each in self._tokens.value]) and scheme.lower() == "bearer"  # noqa: C419
 
 
-def _read_tokens(path: Path) -> list[bytes]:
+def _read(path: Path) -> bytes:
     try:
-        tokens = [line.strip() for line in path.read_text().split("\n") if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise StartupError(f"--token-file: {path} cannot be read: {error}") from error
-    if not tokens:
-        raise StartupError(f"--token-file: {path} is empty; expected one token per line")
-    for number, token in enumerate(tokens, 1):
-        if not token.isascii() or not token.isprintable() or " " in token:
-            raise StartupError(f"--token-file: {path}: token {number} must be printable ASCII without spaces")
-    return [token.encode() for token in tokens]
+        return path.read_bytes()
+    except OSError as error:
+        raise StartupError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def check_address(config: Config) -> tuple[socket.AddressFamily, Any]:
-    """The address to listen on, with a free port in place of 0.
+def _read_tokens(path: Path) -> list[bytes]:
+    tokens = [line.strip() for line in _read(path).split(b"\n") if line.strip()]
+    if not tokens or not all(re.fullmatch(rb"[!-~]+", token) for token in tokens):
+        raise StartupError(f"{path} must have one token per line, each of printable ASCII characters without spaces")
+    return tokens
+
+
+def reserve_port(config: Config) -> socket.socket:
+    """A socket that keeps the port, or a free one for 0, for processes that share it; it does not listen.
 
     Raises StartupError when it is taken or not of this machine, or when other machines could call it in plain text.
     """
@@ -108,53 +106,40 @@ def check_address(config: Config) -> tuple[socket.AddressFamily, Any]:
         with socket.socket(family) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)  # fails when another process listens, even one that shares the port
-            return family, probe.getsockname()
+            address = probe.getsockname()
+        reserved = socket.socket(family)
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        reserved.bind(address)
     except OSError as error:
-        hint = "choose another with --port, or 0 for a free one"
-        raise StartupError(f"cannot listen on {config.address}: {str(error.strerror).lower()}; {hint}") from error
-
-
-def reserve_port(config: Config) -> socket.socket:
-    """A socket that keeps the port for processes that share it, and does not listen. Raises as `check_address` does."""
-    family, address = check_address(config)
-    reserved = socket.socket(family)
-    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    reserved.bind(address)
+        raise StartupError(f"cannot listen on {config.address}: {error.strerror}; choose another port with --port") from error
     return reserved
 
 
-def tls_credentials(config: Config) -> grpc.ServerCredentials | None:
-    """The credentials to open the port with; None for plain text. Raises StartupError when the files do not fit together.
+def tls_credentials(config: Config) -> grpc.ServerCredentials:
+    """The credentials to open the port with, insecure ones for plain text. Raises StartupError when the files do not fit together.
 
     gRPC asks for new ones before each handshake; open connections stay.
     """
-    if config.tls_certificate is None or config.tls_key is None:
-        return None
     paths = [path for path in (config.tls_certificate, config.tls_key, config.tls_client_ca) if path]
-    files = ReloadingFile(paths, lambda: _read_tls_files(*paths))
-    return grpc.dynamic_ssl_server_credentials(
-        files.value,
-        lambda: files.value if files.refresh() else None,  # type: ignore[arg-type, return-value]  # None: no change
-        require_client_authentication=config.tls_client_ca is not None,
-    )
+    if not paths:
+        return grpc.insecure_server_credentials()
+    files = ReloadingFile(_read_tls_files, *paths)
+    mutual = config.tls_client_ca is not None
+    return grpc.dynamic_ssl_server_credentials(files.value, files.refresh, require_client_authentication=mutual)  # type: ignore[arg-type]
 
 
 def _read_tls_files(certificate: Path, key: Path, client_ca: Path | None = None) -> grpc.ServerCertificateConfiguration:
     """Read PEM files; check them with OpenSSL, as gRPC reports nothing useful."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    files, problem = f"{certificate} and {key}", "are not a pair"
+    pair, authorities = (_read(key), _read(certificate)), _read(client_ca) if client_ca else None
+    context, problem = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), f"{certificate} and {key} are not a pair"
     try:
         context.load_cert_chain(certificate, key, password="")
         if client_ca:
-            files, problem = str(client_ca), "has no certificates"
+            problem = f"{client_ca} has no certificates"
             context.load_verify_locations(client_ca)
-        return grpc.ssl_server_certificate_configuration(
-            [(key.read_bytes(), certificate.read_bytes())], client_ca.read_bytes() if client_ca else None
-        )
-    except ssl.SSLError as error:
-        raise StartupError(f"TLS: {files} {problem}: {error.reason or error}; use PEM files, the key without a password") from error
     except OSError as error:
-        raise StartupError(f"TLS: {error.filename or files} cannot be read: {error.strerror}") from error
+        raise StartupError(f"TLS: {problem}: {error}; use PEM files, the key without a password") from error
+    return grpc.ssl_server_certificate_configuration([pair], authorities)
 
 
 def sign_model(folder: Path, key: Path) -> Path:
@@ -166,40 +151,30 @@ def sign_model(folder: Path, key: Path) -> Path:
     for name in card.files:
         verify_file(folder, card, name)
     path = folder / SIGNATURE
-    path.write_bytes(_read_key(key, "private").sign((folder / "card.json").read_bytes()))
+    path.write_bytes(_read_key(key, "private").sign(_read(folder / "card.json")))
     return path
 
 
 def check_signature(content: bytes, folder: Path, key: Path) -> None:
     """Raise StartupError unless a folder's signature says that the owner of the public key signed `content` as its card.json."""
-    public, path = _read_key(key, "public"), folder / SIGNATURE
     from cryptography.exceptions import InvalidSignature  # noqa: PLC0415  only signatures need cryptography
 
+    path = folder / SIGNATURE
     try:
-        public.verify(path.read_bytes(), content)
-    except OSError:
-        raise StartupError(f"{path} cannot be read; --require-signed needs it: run `tercet sign {folder}`") from None
+        _read_key(key, "public").verify(path.read_bytes() if path.exists() else b"", content)
     except InvalidSignature:
-        raise StartupError(f"{path} is not a signature of this card.json by the owner of {key}") from None
+        raise StartupError(f"{path} is missing, or not a signature of this card.json by the owner of {key}") from None
 
 
 def _read_key(path: Path, kind: Literal["private", "public"]) -> Any:
     """Read an ed25519 key. Raises StartupError."""
-    try:
-        from cryptography.exceptions import UnsupportedAlgorithm  # noqa: PLC0415  only signatures need cryptography
-        from cryptography.hazmat.primitives import serialization  # noqa: PLC0415
-        from cryptography.hazmat.primitives.asymmetric import ed25519  # noqa: PLC0415
-    except ImportError as error:
-        raise StartupError(f"signatures need cryptography: pip install '.[serve]' ({error})") from error
-    key: object = None
-    try:
-        content = path.read_bytes()
-        key = serialization.load_pem_private_key(content, None) if kind == "private" else serialization.load_pem_public_key(content)
-    except OSError as error:
-        raise StartupError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, TypeError, UnsupportedAlgorithm):
-        pass  # reported below
+    from cryptography.exceptions import UnsupportedAlgorithm  # noqa: PLC0415  only signatures need cryptography
+    from cryptography.hazmat.primitives.asymmetric import ed25519  # noqa: PLC0415
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_pem_public_key  # noqa: PLC0415
+
+    content, key = _read(path), None
+    with suppress(ValueError, TypeError, UnsupportedAlgorithm):
+        key = load_pem_private_key(content, None) if kind == "private" else load_pem_public_key(content)
     if not isinstance(key, ed25519.Ed25519PrivateKey if kind == "private" else ed25519.Ed25519PublicKey):
-        hint = {"private": "openssl genpkey -algorithm ed25519", "public": "openssl pkey -in private.pem -pubout"}[kind]
-        raise StartupError(f"{path} is not a {kind} ed25519 key, in PEM format and without a password: `{hint}` writes one")
+        raise StartupError(f"{path} is not a {kind} ed25519 key, in PEM format and without a password")
     return key

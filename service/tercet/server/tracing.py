@@ -2,7 +2,6 @@
 
 import time
 
-import grpc
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 from opentelemetry.instrumentation.grpc import aio_server_interceptor
 from opentelemetry.sdk.resources import Resource
@@ -15,24 +14,15 @@ class Tracing:
 
     def __init__(self, endpoint: str) -> None:
         """`endpoint` speaks OTLP over gRPC: http://host:4317, or https."""
-        self._provider = TracerProvider(resource=Resource.create({"service.name": "tercet"}))
-        self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
-        self._tracer = self._provider.get_tracer("tercet")
+        provider = TracerProvider(resource=Resource.create({"service.name": "tercet"}))
+        provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
+        self._tracer = provider.get_tracer("tercet")
         self._epoch = time.time() - time.perf_counter()  # seconds
-
-    def interceptor(self) -> grpc.aio.ServerInterceptor:
-        """Opens a span for each call and makes it the current one."""
-        return aio_server_interceptor(tracer_provider=self._provider)  # type: ignore[no-any-return, no-untyped-call]
+        self.interceptor = aio_server_interceptor(tracer_provider=provider)  # type: ignore[no-untyped-call]
+        self.close = provider.shutdown  # sends the remaining spans
 
     def record_batch(self, queued: float, started: float, ended: float) -> None:
         """Add the queue and compute spans of a request to the current call. Times are of time.perf_counter."""
-        for name, start, end in (("queue", queued, started), ("compute", started, ended)):
-            span = self._tracer.start_span(name, start_time=self._nanoseconds(start))
-            span.end(self._nanoseconds(end))
-
-    def close(self) -> None:
-        """Send the remaining spans."""
-        self._provider.shutdown()
-
-    def _nanoseconds(self, seconds: float) -> int:
-        return int((self._epoch + seconds) * 1e9)
+        times = [int((self._epoch + seconds) * 1e9) for seconds in (queued, started, ended)]  # in nanoseconds
+        for name, start, end in zip(("queue", "compute"), times, times[1:], strict=False):
+            self._tracer.start_span(name, start_time=start).end(end)

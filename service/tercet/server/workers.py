@@ -15,41 +15,39 @@ import contextlib
 import logging
 import signal
 import sys
-import time
-from asyncio.subprocess import PIPE, Process
-from collections.abc import Callable, Mapping
+from asyncio.subprocess import PIPE
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from tempfile import TemporaryFile
+from typing import Any
 
 import msgspec
 
 from tercet.errors import ServiceError, StartupError
 from tercet.server.config import Config
 from tercet.server.security import reserve_port
-from tercet.server.telemetry import MEMORY_BYTES, MetricMemory, configure_logging, start_metrics_server
+from tercet.server.telemetry import MetricMemory, configure_logging, start_metrics_server
 
 log = logging.getLogger(__name__)
 
-MIN_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 0.1, 10.0  # before a worker that keeps dying is replaced; doubled each time
-HEALTHY_SECONDS = 1.0  # a worker that ran for longer is replaced at once
+RESTART_SECONDS = 1.0  # pause before a dead worker is replaced: one that keeps dying must not take the CPU from the others
 
 
 class Workers:
     """The workers, as the parent sees them."""
 
     def __init__(self, config: Config) -> None:
-        """Reserve the port. Raises StartupError when it is taken."""
+        """Reserve the port. Raises StartupError when it or the one for metrics is taken."""
         self._socket = reserve_port(config)
-        self.config = replace(config, port=self._socket.getsockname()[1])
-        self._running: dict[int, Process] = {}
+        self._running: dict[int, Any] = {}  # Process, without the assertions that its pipes are there
         self._stopping = asyncio.Event()
         self._unloaded: set[bytes] = set()  # names of models, for workers that start later
-        self._files = [TemporaryFile() for _ in range(config.workers if config.metrics_port is not None else 0)]  # noqa: SIM115
-        for file in self._files:
-            file.truncate(MEMORY_BYTES)
+        self._files = [TemporaryFile() for _ in range(config.workers)]  # noqa: SIM115  open as long as this process
         self._memories = [MetricMemory(file.fileno()) for file in self._files]
-        self._memory = MetricMemory()  # the parent's own metrics
+        self._restarts = (memory := MetricMemory()).values("tercet_worker_restarts_total")
+        port = self._socket.getsockname()[1]
+        self.config = start_metrics_server(replace(config, port=port), [memory, *self._memories])
 
     async def run(self, ready: Callable[[Config, Mapping[str, str]], None]) -> None:
         """Keep all workers running until SIGTERM or SIGINT, then drain them. `ready` is called once all accept calls.
@@ -60,53 +58,36 @@ class Workers:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stopping.set)
         loop.add_signal_handler(signal.SIGHUP, self._signal, signal.SIGHUP)
-        if self.config.metrics_port is not None:
-            self._memory.values("tercet_worker_restarts_total")  # 0 from the start
-            port = start_metrics_server(self.config, [self._memory, *self._memories])
-            self.config = replace(self.config, metrics_port=port)
         try:
             engines = await asyncio.gather(*(self._start(index) for index in range(self.config.workers)))
             ready(self.config, engines[0])
             keepers = [asyncio.create_task(self._keep_running(index)) for index in range(self.config.workers)]
             await self._stopping.wait()
             log.info("shutting down %d workers", len(self._running))
-            self._signal(signal.SIGTERM)
-            await asyncio.gather(*keepers)
         finally:
             self._signal(signal.SIGTERM)
-            self._socket.close()
+        await asyncio.gather(*keepers)
 
     async def _start(self, index: int) -> dict[str, str]:
         """Start a worker; return its Repository.engines once it accepts calls. Raises StartupError when it does not."""
-        files = [self._files[index].fileno()] if self._files else []
-        arguments = [msgspec.json.encode(self.config, enc_hook=str).decode(), *map(str, files)]
-        command = [sys.executable, "-P", "-m", "tercet.server.workers", *arguments]
-        process = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE, start_new_session=True, pass_fds=files)
+        config, file = msgspec.json.encode(self.config, enc_hook=str), self._files[index].fileno()
+        command: list[Any] = [sys.executable, "-P", "-m", "tercet.server.workers", config, str(file)]
+        process: Any = await asyncio.create_subprocess_exec(
+            *command, stdin=PIPE, stdout=PIPE, start_new_session=True, pass_fds=[file]
+        )
         self._running[index] = process
         if self._stopping.is_set():  # SIGTERM came while it was created
             process.terminate()
-        assert process.stdout is not None  # noqa: S101  for the type checker: it is a PIPE
         line = (await process.stdout.readline()).decode().strip()
         if not line or line.startswith("! "):
             raise StartupError(line[2:] or "a worker did not start; its own message is above")
         self._broadcast_worker_count()
         for name in self._unloaded:
-            _write(process, b"unload " + name)
+            _write(b"unload " + name, [process])
         return msgspec.json.decode(line, type=dict[str, str])
-
-    async def _relay_commands(self, process: Process) -> None:
-        """Pass on to the other workers what a client asked one of them to do, until it ends."""
-        assert process.stdout is not None  # noqa: S101  for the type checker: it is a PIPE
-        while line := await process.stdout.readline():
-            verb, _, name = line.partition(b" ")
-            (self._unloaded.add if verb == b"unload" else self._unloaded.discard)(name)
-            for other in self._running.values():
-                if other is not process:
-                    _write(other, line)
 
     async def _keep_running(self, index: int) -> None:
         """Replace a worker whenever it dies, until shutdown."""
-        backoff, started = 0.0, time.monotonic()
         while True:
             process = self._running[index]
             await self._relay_commands(process)
@@ -114,31 +95,29 @@ class Workers:
             del self._running[index]
             if self._stopping.is_set():
                 return
-            healthy = time.monotonic() - started > HEALTHY_SECONDS
-            backoff = 0.0 if healthy else min(max(2 * backoff, MIN_BACKOFF_SECONDS), MAX_BACKOFF_SECONDS)
-            log.error("worker %d (process %d) ended with %d; the next one starts in %g s", index, process.pid, status, backoff)
-            self._mark_dead(index)
+            log.error("worker %d (process %d) ended with %d; replacing it", index, process.pid, status)
+            self._restarts[0] += 1
+            self._memories[index].clear_gauges()
+            self._broadcast_worker_count()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stopping.wait(), backoff)
-            if self._stopping.is_set():
+                await asyncio.wait_for(self._stopping.wait(), RESTART_SECONDS)
                 return
             try:
                 await self._start(index)
             except StartupError as error:
                 if not self._stopping.is_set():
                     log.error("worker %d: %s", index, error)  # noqa: TRY400  the operator needs no traceback
-            started = time.monotonic()
 
-    def _mark_dead(self, index: int) -> None:
-        self._memory.values("tercet_worker_restarts_total")[0] += 1
-        if self._memories:
-            self._memories[index].clear_gauges()
-        self._broadcast_worker_count()
+    async def _relay_commands(self, process: Any) -> None:
+        """Pass on to the other workers what a client asked one of them to do, until it ends."""
+        while line := await process.stdout.readline():
+            verb, _, name = line.partition(b" ")
+            (self._unloaded.add if verb == b"unload" else self._unloaded.discard)(name)
+            _write(line, (other for other in self._running.values() if other is not process))
 
     def _broadcast_worker_count(self) -> None:
         """Tell all workers how many run, for their health services."""
-        for process in self._running.values():
-            _write(process, f"{len(self._running)} of {self.config.workers}\n".encode())
+        _write(f"{len(self._running)} of {self.config.workers}\n".encode(), self._running.values())
 
     def _signal(self, number: signal.Signals) -> None:
         for process in self._running.values():
@@ -146,9 +125,10 @@ class Workers:
                 process.send_signal(number)
 
 
-def _write(process: Process, line: bytes) -> None:
-    if process.stdin and not process.stdin.is_closing():
-        process.stdin.write(line)
+def _write(line: bytes, processes: Iterable[Any]) -> None:
+    for process in processes:
+        if not process.stdin.is_closing():
+            process.stdin.write(line)
 
 
 async def serve(config: Config, ready: Callable[[Config, Mapping[str, str]], None]) -> None:
@@ -167,22 +147,20 @@ async def _work(config: Config, memory: MetricMemory) -> None:
     print(msgspec.json.encode(server.repository.engines()).decode(), flush=True)
 
     async def listen() -> None:
-        while line := await commands.readline():
-            first, *_, last = line.decode().split()
-            if first in ("load", "unload"):
+        while line := (await commands.readline()).decode().strip():
+            if line.startswith(("load ", "unload ")):
                 with contextlib.suppress(ServiceError):  # the log has it
-                    await server.command(line.decode().strip(), relayed=True)
+                    await server.command(line, relayed=True)
             else:
-                await server.set_health("workers", serving=first == last)
-        server.stopping.set()
+                running, _, expected = line.split()
+                await server.set_health("workers", serving=running == expected)
 
-    async with asyncio.TaskGroup() as tasks:
-        listening = tasks.create_task(listen())
-        await server.run()
-        listening.cancel()
+    listening = asyncio.create_task(listen())
+    listening.add_done_callback(lambda _: server.stopping.set())
+    await server.run()
 
 
-def main(config_json: str, file: str = "-1") -> None:
+def main(config_json: str, file: str) -> None:
     """Run a worker with a Config in JSON that counts its metrics in the file with this descriptor."""
     import uvloop  # noqa: PLC0415  the parent does not need it
 

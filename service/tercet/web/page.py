@@ -25,19 +25,16 @@ from tercet.client import Client
 from tercet.errors import StartupError
 
 FOLDER = Path(__file__).parent
-HEALTH_CHECK_SECONDS = 2.0  # between two health checks of the service
-COUNT_PAUSE_SECONDS = 0.1  # between two numbers of a count, so that a person can follow
-COUNT_MAX_WORDS = 100  # the most recent words of a count that are shown
 SHEET, SHEET_SCRIPT, BANNER, ANSWER = (
     (FOLDER / name).read_text() for name in ("sheet.html", "sheet.js", "banner.html", "answer.html")
 )
+HEALTH_CHECK_SECONDS = 2.0  # between two health checks of the service
+COUNT_PAUSE_SECONDS, COUNT_MAX_WORDS = 0.1, 100  # between two words of a count, and how many are shown
 NO_DIGIT = {"text": " ", "bars": {str(digit): "0.0%" for digit in range(10)}}
 QUIET: Any = {"show_progress": "hidden", "api_visibility": "private"}
 DIRECT: Any = {**QUIET, "queue": False}  # one request, one response; only a count needs the queue, which can cancel it
-
-# Units and accepted ranges come from the service. Normal ranges: American Diabetes Association (glucose), ACC/AHA 2017 (blood
-# pressure), Medscape (insulin), WHO (body mass index).
-FIELDS = {
+INTEGER = f"a whole number from {-(2**63)} to {2**63 - 1}"
+FIELDS = {  # title and normal range: American Diabetes Association (glucose), ACC/AHA (blood pressure), Medscape (insulin), WHO
     "pregnancies": ("Pregnancies", ""),
     "glucose_mg_per_dl": ("Glucose", "normal below 140"),
     "blood_pressure_mm_hg": ("Blood pressure", "normal below 80"),
@@ -47,23 +44,17 @@ FIELDS = {
     "pedigree": ("Pedigree", ""),
     "age_years": ("Age", ""),
 }
-DECIMAL = "() => document.querySelectorAll('#measurements input').forEach((input) => { input.inputMode = 'decimal'; })"  # on phones
 
 
 @dataclass(frozen=True)
 class Page:
-    """The layout of the page and its event handlers.
+    """The layout of the page and its event handlers."""
 
-    `connect` opens a client of the service at `address`; each event opens one, as a channel that stays open would back off for
-    longer and longer while the service is away.
-    """
-
-    address: str
-    connect: Callable[[], Client]
+    address: str  # of the service
+    connect: Callable[[], Client]  # each event opens a client: a channel that stays open would back off while the service is away
 
     def build(self) -> gr.Blocks:
-        blocks = gr.Blocks(title="tercet", analytics_enabled=False)
-        with blocks:
+        with gr.Blocks(title="tercet", analytics_enabled=False) as blocks:
             gr.HTML(f"<h1>tercet</h1><p>Small PyTorch models behind one gRPC service, {escape(self.address)}</p>")
             banner = gr.HTML("", html_template=BANNER)
             with gr.Row():
@@ -72,9 +63,8 @@ class Page:
                 self._add_fizzbuzz()
             gr.on([blocks.load, banner.change], self.describe_diabetes, None, described, **DIRECT)
             gr.on([blocks.load, gr.Timer(HEALTH_CHECK_SECONDS).tick], self.check_health, None, banner, **DIRECT)
-            blocks.load(js=DECIMAL)
             blocks.queue(default_concurrency_limit=None)
-        return blocks
+        return blocks  # type: ignore[no-any-return]
 
     def _add_digits(self, banner: gr.HTML) -> None:
         with gr.Column(min_width=300):
@@ -134,36 +124,31 @@ class Page:
         """Classify a drawing: a PNG file as a data URL, or empty."""
         if not drawing:
             return NO_DIGIT
-        with self._answer() as answer, self.connect() as client:
+        with self._answer() as (client, answer):
             [digit] = client.classify([base64.b64decode(drawing.partition(",")[2])])
             answer |= {"text": str(digit.digit), "bars": {str(i): f"{p:.1%}" for i, p in enumerate(digit.probabilities)}}
         return answer
 
     def assess(self, *values: str) -> dict[str, Any]:
         """Assess one patient; an empty value was not measured."""
-        with self._answer() as answer, self.connect() as client:
-            measured = {
-                name: parse(text, float, "a number such as 33.6") for name, text in zip(FIELDS, values, strict=True) if text.strip()
-            }
-            [assessment] = client.assess([measured])
+        with self._answer() as (client, answer):
+            measured = {name: text for name, text in zip(FIELDS, values, strict=True) if text.strip()}
+            patient = {name: parse(text, np.float64, "a number such as 33.6") for name, text in measured.items()}
+            [assessment] = client.assess([patient])
             answer |= {"text": assessment.label, "bars": {"positive test": f"{assessment.probability:.1%}"}}
         return answer
 
     def answer(self, text: str) -> dict[str, Any]:
-        """Return the word for one number and the model that gave it."""
-        with self._answer() as answer, self.connect() as client:
-            [word] = client.answer([parse_integer(text)])
+        with self._answer() as (client, answer):
+            [word] = client.answer([parse(text)])
             answer |= {"text": word, "remark": f"model: {word.model}"}
         return answer
 
     def count(self, *span: str) -> Iterator[dict[str, Any]]:
-        """Yield the words from start to stop so far, both included.
-
-        Each number is a call of its own, so that a visitor who leaves does not cancel a stream in the service.
-        """
+        """Yield the words so far of a count, each from a call of its own: a stream would end at the deadline."""
         words = deque[str](maxlen=COUNT_MAX_WORDS)
-        with self._answer() as answer, self.connect() as client:
-            start, stop, step = map(parse_integer, span)
+        with self._answer() as (client, answer):
+            start, stop, step = map(parse, span)
             if step == 0:
                 raise ValueError("Step must not be 0.")
             for number in range(start, stop + (1 if step > 0 else -1), step):
@@ -175,11 +160,12 @@ class Page:
         yield answer
 
     @contextmanager
-    def _answer(self) -> Iterator[dict[str, Any]]:
-        """Yield the value of an answer, which gets a note when there is an error, unless the banner says the same."""
+    def _answer(self) -> Iterator[tuple[Client, dict[str, Any]]]:
+        """Yield a client and the value of an answer, which gets a note on an error, unless the banner says the same."""
         answer: dict[str, Any] = {}
         try:
-            yield answer
+            with self.connect() as client:
+                yield client, answer
         except ValueError as error:
             answer["note"] = str(error)
         except grpc.RpcError as error:
@@ -187,16 +173,12 @@ class Page:
             answer["note"] = "" if self.check_health() else re.sub("|".join(FIELDS), lambda name: FIELDS[name[0]][0], text)
 
 
-def parse(text: str, kind: Callable[[str], Any], expected: str) -> Any:
-    """Raise ValueError with a sentence for the visitor."""
+def parse(text: str, kind: Callable[[str], Any] = np.int64, expected: str = INTEGER) -> Any:
+    """Parse a number with a numpy type. Raises ValueError with a sentence for the visitor."""
     try:
-        return kind(text)
+        return kind(text).item()
     except (ValueError, OverflowError):
         raise ValueError(f"{text!r} is not {expected}.") from None
-
-
-def parse_integer(text: str) -> int:
-    return int(parse(text, np.int64, f"a whole number from {-(2**63)} to {2**63 - 1}"))
 
 
 @contextmanager
@@ -205,10 +187,10 @@ def service(models: Path) -> Iterator[str]:
     command = [sys.argv[0], "serve", "--port", "0", "--models", str(models), "--grace", "1"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:  # noqa: S603  our own program
         try:
-            line = process.stdout.readline().split() if process.stdout else []
+            line = process.stdout.readline() if process.stdout else ""
             if not line:
                 raise StartupError("the service of the page did not start; see above, or name a running one with --server")
-            yield line[-1]
+            yield line.split()[-1]
         finally:
             process.terminate()
 
@@ -218,9 +200,7 @@ def run(page: Page, host: str, port: int) -> None:
     try:
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
-        raise StartupError(
-            f"cannot listen on {host}:{port}: {error.strerror}; choose another port with --port, or 0 for any"
-        ) from None
+        raise StartupError(f"cannot listen on {host}:{port}: {error.strerror}; choose another port with --port") from None
     theme = gr.themes.Base(primary_hue="green", neutral_hue="slate", font=["system-ui", "sans-serif"], font_mono=["monospace"])
     options: Any = {"footer_links": [], "run_history": False, "ssr_mode": False, "theme": theme, "css_paths": FOLDER / "page.css"}
     app = gr.mount_gradio_app(FastAPI(), page.build(), "/", **options)
