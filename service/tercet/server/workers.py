@@ -15,6 +15,7 @@ import contextlib
 import logging
 import signal
 import sys
+import time
 from asyncio.subprocess import PIPE
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -31,7 +32,7 @@ from tercet.server.telemetry import MetricMemory, configure_logging, start_metri
 
 log = logging.getLogger(__name__)
 
-RESTART_SECONDS = 1.0  # pause before a dead worker is replaced: one that keeps dying must not take the CPU from the others
+RESTART_SECONDS = 1.0  # pause before a worker that died within this time is replaced: it would take the CPU from the others
 
 
 class Workers:
@@ -89,7 +90,7 @@ class Workers:
     async def _keep_running(self, index: int) -> None:
         """Replace a worker whenever it dies, until shutdown."""
         while True:
-            process = self._running[index]
+            started, process = time.monotonic(), self._running[index]
             await self._relay_commands(process)
             status = await process.wait()
             del self._running[index]
@@ -100,7 +101,8 @@ class Workers:
             self._memories[index].clear_gauges()
             self._broadcast_worker_count()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stopping.wait(), RESTART_SECONDS)
+                pause = RESTART_SECONDS if time.monotonic() - started < RESTART_SECONDS else 0
+                await asyncio.wait_for(self._stopping.wait(), pause)
                 return
             try:
                 await self._start(index)
