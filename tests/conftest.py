@@ -127,7 +127,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     `--dist worksteal` gives each of two processes one half of the tests, so the others start in the middle.
     """
-    needing, others = [], []
+    needing: list[pytest.Item] = []
+    others: list[pytest.Item] = []
     for item in items:
         (needing if "workspace" in getattr(item, "fixturenames", ()) else others).append(item)
     for item in needing:
