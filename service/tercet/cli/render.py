@@ -1,10 +1,8 @@
-"""Tables, cards, pictures, bars and histograms as plain text, which looks the same in a terminal and in a pipe."""
+"""Tables, cards, pictures and bars as plain text, which looks the same in a terminal and in a pipe."""
 
-import math
 from collections.abc import Mapping, Sequence
 from io import StringIO
 
-import numpy as np
 from rich.bar import Bar
 from rich.console import Console, RenderableType
 from rich.table import Table
@@ -43,17 +41,6 @@ def show_digit(pixels: Rows, probabilities: Sequence[float]) -> str:
     best = max(probabilities)
     bars = [(f"{digit}", Bar(1, 0, p, width=24), f"{p:6.1%}{' <-' * (p == best)}") for digit, p in enumerate(probabilities)]
     return to_text(grid([(picture, grid(bars, gap=1))]), width=80)
-
-
-def histogram(values: Rows) -> str:
-    """A bar for the number of values, (n,), in each step of 1, 2, 5, 10, 20 and so on."""
-    values = np.maximum(values, 1e-3)
-    powers = range(math.floor(math.log10(values.min())), math.ceil(math.log10(values.max())) + 1)
-    counts, edges = np.histogram(values, [float(f"{factor}e{power}") for power in powers for factor in (1, 2, 5)])
-    first, *_, last = np.flatnonzero(counts).repeat(2)
-    steps = range(first, last + 1)
-    bars = [(f"{edges[i]:8g} to {edges[i + 1]:g}", Bar(counts.max(), 0, counts[i], width=40), str(counts[i])) for i in steps]
-    return to_text(grid(bars, gap=1), width=80)
 
 
 def overview(cards: Mapping[str, Card | None]) -> str:
