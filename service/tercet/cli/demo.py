@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 import click
 from click.core import ParameterSource
 
-from tercet.cli.options import client_options, models_option, require
+from tercet.cli.options import client_options, models_option, require, server_option
 
 if TYPE_CHECKING:
     from tercet.client import Client
 
 
 @click.command()
+@server_option
 @client_options
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address the web page listens on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=7860, show_default=True, help="Its port; 0 picks a free one.")

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tercet.cli.options import client_options
+from tercet.cli.options import client_options, server_option
 
 if TYPE_CHECKING:
     from tercet.client import Client
@@ -13,6 +13,7 @@ INT64 = click.IntRange(-(2**63), 2**63 - 1)
 
 
 @click.command(context_settings={"ignore_unknown_options": True})  # numbers may be negative
+@server_option
 @client_options
 @click.argument("start", type=INT64)
 @click.argument("stop", type=INT64)

@@ -13,12 +13,9 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@partial(
-    client_options,
-    server=click.argument("server", metavar="[HOST:PORT]", default=DEFAULT_SERVER, envvar="TERCET_SERVER"),
-    timeout=4.0,
-)
+@click.argument("server", metavar="[HOST:PORT]", default=DEFAULT_SERVER, envvar="TERCET_SERVER")
 @click.argument("name", default="")
+@partial(client_options, timeout=4.0)
 def health(client: "Client", name: str) -> None:
     """Health probe for containers and init systems.
 

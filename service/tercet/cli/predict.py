@@ -2,20 +2,22 @@
 
 import csv
 import json
-from collections.abc import Iterable, Iterator
-from io import BufferedReader, StringIO
+import sys
+from collections.abc import Iterable
+from io import BufferedReader
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from tercet.cli.options import client_options, complete_models, complete_values, require
+from tercet.cli.options import client_options, complete_models, complete_values, require, server_option
 
 if TYPE_CHECKING:
-    from tercet.cli.records import Adapter, Fields, Record
+    from tercet.cli.records import Fields, Record
     from tercet.client import Client
 
 
 @click.command(context_settings={"ignore_unknown_options": True})  # values may be negative
+@server_option
 @client_options
 @click.argument("model", shell_complete=complete_models)
 @click.argument("values", nargs=-1, shell_complete=complete_values)
@@ -64,31 +66,31 @@ def predict(
     if draw and (output != "text" or model != "mnist"):
         raise click.UsageError("--draw is for pictures of mnist, as text.")
     adapter = find_adapter(client, model)
-    pairs = predict_all(client, adapter, read_records(adapter, values, source, kind))
-    notice = adapter.notice if output == "text" else ""
-    for line in format_lines(adapter, pairs, output, draw=draw):
-        if notice:
-            click.echo(f"tercet: {notice}", err=True)
-            notice = ""
-        click.echo(line)
+    predictions = predict_all(client, adapter, read_records(adapter, values, source, kind))
+    if output == "csv":
+        print_csv(fields for _, fields in predictions)
+    for i, (record, fields) in enumerate(predictions):  # none are left after CSV
+        if output == "text" and adapter.notice and i == 0:
+            click.echo(f"tercet: {adapter.notice}", err=True)
+        click.echo(json.dumps(fields) if output == "json" else adapter.text(fields))
+        if draw:
+            click.echo(draw_digit(record, fields))
 
 
-def format_lines(adapter: "Adapter", pairs: Iterable[tuple["Record", "Fields"]], output: str, *, draw: bool) -> Iterator[str]:
-    """Predictions as text, as JSON objects, or as CSV with a header."""
-    header: list[str] = []
-    for record, fields in pairs:
-        if output == "json":
-            yield json.dumps(fields)
-        elif output == "csv":
-            row = dict(columns(fields))
-            if not header:
-                header += row
-                yield csv_line(header)
-            yield csv_line(row.get(name, "") for name in header)
-        else:
-            yield adapter.text(fields)
-            if draw:
-                yield draw_digit(record, fields)
+def print_csv(predictions: Iterable["Fields"]) -> None:
+    """Print a header and a line per prediction; a list becomes columns `name_0`, `name_1` and so on."""
+    from tercet.cli.records import flatten  # noqa: PLC0415
+
+    writer = None
+    for fields in predictions:
+        row: dict[str, Any] = {}
+        for name, value in fields.items():
+            row |= {f"{name}_{i}": part for i, part in enumerate(flatten(value))} if isinstance(value, list) else {name: value}
+        if not writer:
+            writer = csv.DictWriter(sys.stdout, row, extrasaction="ignore", lineterminator="\n")
+            writer.writeheader()
+        writer.writerow(row)
+        sys.stdout.flush()
 
 
 def draw_digit(record: "Record", fields: "Fields") -> str:
@@ -98,17 +100,3 @@ def draw_digit(record: "Record", fields: "Fields") -> str:
     with require("serve"):
         from tercet.server.images import decode_image  # noqa: PLC0415  needs Pillow
     return show_digit(decode_image(record.row, record.place), fields["probabilities"])
-
-
-def columns(fields: "Fields") -> Iterator[tuple[str, Any]]:
-    """Fields without lists; those become `name_0`, `name_1` and so on."""
-    from tercet.cli.records import flatten  # noqa: PLC0415
-
-    for name, value in fields.items():
-        yield from ((f"{name}_{i}", part) for i, part in enumerate(flatten(value))) if isinstance(value, list) else [(name, value)]
-
-
-def csv_line(values: Iterable[Any]) -> str:
-    line = StringIO()
-    csv.writer(line, lineterminator="").writerow(values)
-    return line.getvalue()
