@@ -1,13 +1,9 @@
 """`tercet fizzbuzz`."""
 
-from typing import TYPE_CHECKING
-
 import click
 
+import tercet  # noqa: TC001  lazy
 from tercet.cli.options import client_options, server_option
-
-if TYPE_CHECKING:
-    from tercet.client import Client
 
 INT64 = click.IntRange(-(2**63), 2**63 - 1)
 
@@ -18,7 +14,7 @@ INT64 = click.IntRange(-(2**63), 2**63 - 1)
 @click.argument("start", type=INT64)
 @click.argument("stop", type=INT64)
 @click.argument("step", type=INT64, default=1)
-def fizzbuzz(client: "Client", start: int, stop: int, step: int) -> None:
+def fizzbuzz(client: "tercet.Client", start: int, stop: int, step: int) -> None:
     """Count from START to STOP, both included.
 
     \b

@@ -1,19 +1,11 @@
 """`tercet predict`."""
 
-import csv
-import json
-import sys
-from collections.abc import Iterable
 from io import BufferedReader
-from typing import TYPE_CHECKING, Any
 
 import click
 
-from tercet.cli.options import client_options, complete_models, complete_values, require, server_option
-
-if TYPE_CHECKING:
-    from tercet.cli.records import Fields, Record
-    from tercet.client import Client
+import tercet  # noqa: TC001  lazy
+from tercet.cli.options import client_options, complete_models, complete_values, server_option
 
 
 @click.command(context_settings={"ignore_unknown_options": True})  # values may be negative
@@ -22,16 +14,12 @@ if TYPE_CHECKING:
 @click.argument("model", shell_complete=complete_models)
 @click.argument("values", nargs=-1, shell_complete=complete_values)
 @click.option("--input", "source", type=click.File("rb"), help="Read input from this file, `-` for stdin.")
-@click.option(
-    "--format", "kind", type=click.Choice(["csv", "jsonl", "lines"]), help="Format of --input; by default that of its suffix."
-)
-@click.option(
-    "--output", type=click.Choice(["text", "json", "csv"]), default="text", show_default=True, help="Format of the output."
-)
+@click.option("--format", "kind", type=click.Choice(["csv", "jsonl", "lines"]), help="Format of --input; default: by its suffix.")
+@click.option("--output", type=click.Choice(["text", "json", "csv"]), default="text", show_default=True, help="Output format.")
 @click.option("--json", "output", flag_value="json", help="Short for --output json.")
 @click.option("--draw", is_flag=True, help="Draw each digit in the terminal, with all probabilities.")
 def predict(
-    client: "Client",
+    client: "tercet.Client",
     model: str,
     values: tuple[str, ...],
     source: BufferedReader | None,
@@ -56,7 +44,7 @@ def predict(
       seq 1 100 | tercet predict fizzbuzz --input -
       tercet predict fizzbuzz_any '[7, -15]'
     """  # noqa: D301
-    from tercet.cli.records import find_adapter, predict_all, read_records  # noqa: PLC0415  --help does without
+    from tercet.cli.records import find_adapter, predict_all, print_predictions, read_records  # noqa: PLC0415  --help does without
 
     if bool(values) == bool(source):
         raise click.UsageError("Give either values or --input FILE.")
@@ -67,36 +55,4 @@ def predict(
         raise click.UsageError("--draw is for pictures of mnist, as text.")
     adapter = find_adapter(client, model)
     predictions = predict_all(client, adapter, read_records(adapter, values, source, kind))
-    if output == "csv":
-        print_csv(fields for _, fields in predictions)
-    for i, (record, fields) in enumerate(predictions):  # none are left after CSV
-        if output == "text" and adapter.notice and i == 0:
-            click.echo(f"tercet: {adapter.notice}", err=True)
-        click.echo(json.dumps(fields) if output == "json" else adapter.text(fields))
-        if draw:
-            click.echo(draw_digit(record, fields))
-
-
-def print_csv(predictions: Iterable["Fields"]) -> None:
-    """Print a header and a line per prediction; a list becomes columns `name_0`, `name_1` and so on."""
-    from tercet.cli.records import flatten  # noqa: PLC0415
-
-    writer = None
-    for fields in predictions:
-        row: dict[str, Any] = {}
-        for name, value in fields.items():
-            row |= {f"{name}_{i}": part for i, part in enumerate(flatten(value))} if isinstance(value, list) else {name: value}
-        if not writer:
-            writer = csv.DictWriter(sys.stdout, row, extrasaction="ignore", lineterminator="\n")
-            writer.writeheader()
-        writer.writerow(row)
-        sys.stdout.flush()
-
-
-def draw_digit(record: "Record", fields: "Fields") -> str:
-    """The picture that the model sees, next to bars."""
-    from tercet.cli.render import show_digit  # noqa: PLC0415
-
-    with require("serve"):
-        from tercet.server.images import decode_image  # noqa: PLC0415  needs Pillow
-    return show_digit(decode_image(record.row, record.place), fields["probabilities"])
+    print_predictions(adapter, predictions, output, draw=draw)

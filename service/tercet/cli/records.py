@@ -1,4 +1,4 @@
-"""The input of `tercet predict`: text -> records -> rows of a client's codec, and predictions in the same order.
+"""The input and output of `tercet predict`: text -> records -> rows of a client's codec, and predictions in the same order.
 
 A record is one argument, line or CSV row. Nothing is read before it is needed, so input may be of any length. The first record that
 is wrong ends it: the ones before are predicted, and the error names its place.
@@ -8,6 +8,7 @@ import csv
 import glob
 import json
 import re
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from io import BufferedReader
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 import click
 import grpc
 
-from tercet.cli.options import CliError, unknown_model
+from tercet.cli.options import CliError, require, unknown_model
 from tercet.client import MEASUREMENTS, Client
 
 BLOCK = 2**16  # bytes that are read from a file at once
@@ -150,11 +151,6 @@ def from_json(text: str) -> Any:
 
 def join(*parts: str | None) -> str:
     return ": ".join(filter(None, parts))
-
-
-def flatten(value: Any) -> list[Any]:
-    """The values of a nested list, in order."""
-    return [leaf for part in value for leaf in flatten(part)] if isinstance(value, list) else [value]
 
 
 ADAPTERS = {
@@ -292,3 +288,39 @@ def locate(error: Any, field: str) -> tuple[int, str]:
     if TOO_LARGE in details:
         return 0, details[details.index(TOO_LARGE) :]
     raise error if isinstance(error, grpc.RpcError) else CliError(details)
+
+
+def print_predictions(adapter: Adapter, predictions: Iterator[tuple[Record, Fields]], output: str, *, draw: bool) -> None:
+    """Print predictions as text, as JSON objects or as CSV; with `draw` each picture below its line."""
+    if output == "csv":
+        print_csv(fields for _, fields in predictions)
+        return
+    for i, (record, fields) in enumerate(predictions):
+        if output == "text" and adapter.notice and i == 0:
+            click.echo(f"tercet: {adapter.notice}", err=True)
+        click.echo(json.dumps(fields) if output == "json" else adapter.text(fields))
+        if draw:
+            from tercet.cli.render import show_digit  # noqa: PLC0415  imports rich
+
+            with require("serve"):
+                from tercet.server.images import decode_image  # noqa: PLC0415  needs Pillow
+            click.echo(show_digit(decode_image(record.row, record.place), fields["probabilities"]))
+
+
+def print_csv(predictions: Iterable[Fields]) -> None:
+    """Print a header and a line per prediction; a list becomes columns `name_0`, `name_1` and so on."""
+    writer = None
+    for fields in predictions:
+        row = Fields()
+        for name, value in fields.items():
+            row |= {f"{name}_{i}": part for i, part in enumerate(flatten(value))} if isinstance(value, list) else {name: value}
+        if not writer:
+            writer = csv.DictWriter(sys.stdout, row, extrasaction="ignore", lineterminator="\n")
+            writer.writeheader()
+        writer.writerow(row)
+        sys.stdout.flush()
+
+
+def flatten(value: Any) -> list[Any]:
+    """The values of a nested list, in order."""
+    return [leaf for part in value for leaf in flatten(part)] if isinstance(value, list) else [value]

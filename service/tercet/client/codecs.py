@@ -110,10 +110,8 @@ class DigitsCodec(Codec["Picture", Digit]):
         if hasattr(row, "dtype"):
             array: Any = row
             if array.shape != (28, 28) or array.dtype != "uint8":
-                raise ValueError(
-                    f"{where}: expected (28, 28) uint8 pixels, 0 = paper, 255 = ink, got {array.shape} {array.dtype}; "
-                    "send any other picture as a PNG or JPEG file or as a PIL image"
-                )
+                got = f"{array.shape} {array.dtype}; send any other picture as a PNG or JPEG file or as a PIL image"
+                raise ValueError(f"{where}: expected (28, 28) uint8 pixels, 0 = paper, 255 = ink, got {got}")
             return digits_pb2.Image(pixels=array.tobytes())
         if not hasattr(row, "getexif"):
             raise TypeError(f"{where}: expected a path, the bytes of a PNG or JPEG file, an array or a PIL image, got {row!r}")
