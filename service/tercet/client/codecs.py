@@ -27,7 +27,6 @@ Row = TypeVar("Row")
 Prediction = TypeVar("Prediction")
 
 MEASUREMENTS = tuple(diabetes_pb2.Patient.DESCRIPTOR.fields_by_name)
-INT64 = range(-(2**63), 2**63)
 CHUNK_BYTES = 3 * 2**20  # of the rows in a request: every gRPC server reads messages of 4 MiB by default
 CALLS_IN_FLIGHT = 2  # per batch or stream: one is computed while the next one travels
 
@@ -159,7 +158,7 @@ class FizzBuzzCodec(Codec[int, Word]):
             number = operator.index(row)
         except TypeError:
             raise TypeError(f"{where}: expected an integer, got {row!r}") from None
-        if number not in INT64:
+        if not -(2**63) <= number < 2**63:
             raise ValueError(f"{where}: expected a 64-bit integer, -2**63 to 2**63 - 1, got {number}")
         return number
 
