@@ -45,18 +45,17 @@ def show_digit(pixels: Rows, probabilities: Sequence[float]) -> str:
 
 def overview(cards: Mapping[str, Card | None]) -> str:
     """A table of models by name; those without a card are not trained."""
-    rows = [_overview_row(name, card) for name, card in cards.items()]
-    return to_text(grid([("NAME", "INPUT", "LABELS", "METRIC", "DATA", "COMMIT"), *rows]), width=1000)
-
-
-def _overview_row(name: str, card: Card | None) -> tuple[str, ...]:
-    if card is None:
-        return name, "-", "-", "not trained", "-", "-"
-    metric = next((f"{key} {value:.4g}" for key, value in card.metrics.items()), "-")
-    shape = "x".join(map(str, card.input.shape))
-    labels = ", ".join(card.labels) if len(card.labels) <= 2 else f"{card.labels[0]} .. {card.labels[-1]}"  # noqa: PLR2004
-    commit = card.git_commit[:7] + "*" * card.git_commit.endswith("-dirty")
-    return name, f"{card.input.name} {shape}".strip(), labels or "-", metric, card.data["source"], commit
+    rows = [("NAME", "INPUT", "LABELS", "METRIC", "DATA", "COMMIT")]
+    for name, card in cards.items():
+        if card is None:
+            rows.append((name, "-", "-", "not trained", "-", "-"))
+            continue
+        shape = "x".join(map(str, card.input.shape))
+        labels = ", ".join(card.labels) if len(card.labels) <= 2 else f"{card.labels[0]} .. {card.labels[-1]}"  # noqa: PLR2004
+        metric = next((f"{key} {value:.4g}" for key, value in card.metrics.items()), "-")
+        commit = card.git_commit[:7] + "*" * card.git_commit.endswith("-dirty")
+        rows.append((name, f"{card.input.name} {shape}".strip(), labels or "-", metric, card.data["source"], commit))
+    return to_text(grid(rows), width=1000)
 
 
 def details(card: Card) -> str:
