@@ -1,4 +1,4 @@
-"""What `tercet bench` and the benchmarks share: put a load on a server, and check and measure what it answers.
+"""`tercet bench`, and what the benchmarks share with it: put a load on a server, and check and measure what it answers.
 
 A server is measured against two lower bounds of the same run: `echo`, a bare gRPC server that only parses the request and builds
 a response of the same size (this file run as a program), and `session.run`, the engine alone in a loop. On a shared machine, trust
@@ -6,6 +6,7 @@ CPU time per request; wall-clock figures of different servers are comparable onl
 """
 
 import asyncio
+import math
 import re
 import shutil
 import socket
@@ -22,10 +23,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import click
 import grpc
 import numpy as np
 import psutil
-from tercet.card import Card, Rows
+from rich.bar import Bar
+from rich.console import Console
+from rich.progress import Progress
+from tercet.card import Card, Rows, find_models, read_card
+from tercet.cli.options import COUNT, CliError, models_option, unknown_model
+from tercet.cli.render import grid, to_text
 from tercet.client import OPTIONS
 from tercet.proto.inference_pb2 import ModelInferRequest, ModelInferResponse
 from tercet.proto.inference_pb2_grpc import (
@@ -238,6 +245,53 @@ def table(results: Mapping[str, Result], rows: int) -> str:
     for name, (rate, p50, p99, cpu, _) in results.items():
         lines.append(f"{name:12} {rate:10.0f} {rate * rows:10.0f} {p50:8.2f} {p99:8.2f} {cpu:15.0f}")
     return "\n".join(lines)
+
+
+def histogram(values: Rows) -> str:
+    """A bar for the number of values, (n,), in each step of 1, 2, 5, 10, 20 and so on."""
+    values = np.maximum(values, 1e-3)
+    powers = range(math.floor(math.log10(values.min())), math.ceil(math.log10(values.max())) + 1)
+    counts, edges = np.histogram(values, [float(f"{factor}e{power}") for power in powers for factor in (1, 2, 5)])
+    first, *_, last = np.flatnonzero(counts).repeat(2)
+    steps = range(first, last + 1)
+    bars = [(f"{edges[i]:8g} to {edges[i + 1]:g}", Bar(counts.max(), 0, counts[i], width=40), str(counts[i])) for i in steps]
+    return to_text(grid(bars, gap=1), width=80)
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("model", default="fizzbuzz")
+@click.option("--rows", type=COUNT, default=1, show_default=True, help="Rows per request.")
+@click.option("--in-flight", type=COUNT, default=32, show_default=True, help="Concurrent requests, over up to 4 connections.")
+@click.option("--requests", type=COUNT, default=6000, show_default=True, help="Requests per round.")
+@click.option("--rounds", type=COUNT, default=5, show_default=True, help="Measured rounds; the table has their medians.")
+@models_option
+@click.option("--workers", type=COUNT, default=1, show_default=True, help="Worker processes of the service.")
+def bench(model: str, rows: int, in_flight: int, requests: int, rounds: int, folder: Path, workers: int) -> None:
+    """Benchmark the service against baselines.
+
+    The baselines are an empty gRPC server and the inference engine alone. Prints a table and histograms of latency.
+
+    \b
+    Examples:
+      tercet bench
+      tercet bench fizzbuzz --rows 64
+      tercet bench mnist --in-flight 1
+    """  # noqa: D301
+    if model not in (names := find_models(folder)):
+        raise unknown_model(model, names)
+    card = read_card(folder / model)
+    load = Load(request=build_request(card, rows), requests=requests, in_flight=in_flight, connections=min(4, in_flight))
+    servers = {"tercet": serve(f"--workers={workers}", models=folder), "echo": ECHO}
+    try:
+        with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
+            task = progress.add_task(model, total=(1 + rounds) * len(servers))
+            results = compare(servers, load, rounds, lambda: progress.advance(task))
+    except (RuntimeError, grpc.RpcError) as error:
+        raise CliError(error.details() or "" if isinstance(error, grpc.Call) else str(error)) from None
+    results["session.run"] = session_run(folder / model, card, rows)
+    click.echo(table(results, rows))
+    for name, result in results.items():
+        click.echo(f"\n{name}, ms: {quantiles(result.latencies_ms)}\n{histogram(result.latencies_ms)}")
 
 
 class EchoServicer(GRPCInferenceServiceServicer):

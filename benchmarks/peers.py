@@ -78,7 +78,7 @@ def triton(site: Site) -> list[str]:
     home = site.packages / "pytriton/tritonserver"
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     shutil.copy(home / "python_backend_stubs" / version / "triton_python_backend_stub", home / "backends/python")
-    export(site.model.parent, site.folder, backend="python")
+    export(site.model.parent, site.folder, "python")
     with (site.folder / site.card.name / "config.pbtxt").open("a") as config:
         config.write("instance_group [ { count: 1 kind: KIND_CPU } ]\n")
     libraries = f"{sysconfig.get_config_var('LIBDIR')}:{site.packages}/nvidia_pytriton.libs"

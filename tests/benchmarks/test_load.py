@@ -37,6 +37,18 @@ def test_the_median_of_rounds() -> None:
     assert result.latencies_ms.tolist() == [1000, 1000, 3000, 3000, 2000, 2000]
 
 
+def test_a_histogram_has_steps_of_1_2_5() -> None:
+    """Every value is counted in its step, empty steps between others too."""
+    lines = load.histogram(np.array([0.15, 3.0, 4.0])).splitlines()
+    assert [(line.split()[0], line.split()[2], line.split()[-1]) for line in lines] == [
+        ("0.1", "0.2", "1"),
+        ("0.2", "0.5", "0"),
+        ("0.5", "1", "0"),
+        ("1", "2", "0"),
+        ("2", "5", "2"),
+    ]
+
+
 def test_correct_answers() -> None:
     """An answer has to have the rows of the request and the values of the card's examples, repeated."""
     examples = [SimpleNamespace(output=[0.25, 0.75]), SimpleNamespace(output=[1.0, 0.0])]

@@ -130,7 +130,13 @@ def test_drawn_is_what_the_model_sees(default_service: Service) -> None:
     ("model", "name", "text", "predicted", "message"),
     [
         ("diabetes", "p.csv", "glucose,bmi\n148,33.6\n85,x\n1,2\n", 1, "line 3: bmi: expected a number, got 'x'"),
-        ("diabetes", "p.csv", "glucose,bmi\n148,33.6\n85,336\n1,2\n", 1, "line 3: 336 "),
+        (
+            "diabetes",
+            "p.csv",
+            "glucose,bmi\n148,33.6\n85,336\n1,2\n",
+            1,
+            "line 3: bmi_kg_per_m2 must be 0 to 150 kg/m², or NaN (not measured); got 336",
+        ),
         ("diabetes", "p.csv", "glucose,bmi\n148,33.6\n85\n", 1, "line 3: expected 2 columns, as in the header"),
         ("diabetes", "p.csv", 'glucose,bmi\n148,33.6\n85,"1\n', 1, "line 3: unexpected end of data"),
         ("diabetes", "p.csv", "glucose,glucose\n1,2\n", 0, "line 1: two columns have the same name"),

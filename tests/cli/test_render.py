@@ -1,7 +1,7 @@
-"""Tables, pictures, bars and histograms are plain text."""
+"""Tables, pictures and bars are plain text."""
 
 import numpy as np
-from tercet.cli.render import grid, histogram, show_digit, to_text
+from tercet.cli.render import grid, show_digit, to_text
 
 
 def test_a_grid_is_aligned() -> None:
@@ -17,15 +17,3 @@ def test_a_digit_is_drawn_next_to_its_probabilities() -> None:
     assert (len(lines), lines[0], lines[1]) == (14, "▀▄", "█")
     assert lines[2] == f"{'':30}0 {'█' * 12:24}  50.0% <-"
     assert lines[11].endswith("9                            0.0%")
-
-
-def test_a_histogram_has_steps_of_1_2_5() -> None:
-    """Every value is counted in its step, empty steps between others too."""
-    lines = histogram(np.array([0.15, 3.0, 4.0])).splitlines()
-    assert [(line.split()[0], line.split()[2], line.split()[-1]) for line in lines] == [
-        ("0.1", "0.2", "1"),
-        ("0.2", "0.5", "0"),
-        ("0.5", "1", "0"),
-        ("1", "2", "0"),
-        ("2", "5", "2"),
-    ]

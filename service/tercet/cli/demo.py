@@ -5,23 +5,21 @@ import sys
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 from click.core import ParameterSource
 
-from tercet.cli.options import client_options, models_option, require
-
-if TYPE_CHECKING:
-    from tercet.client import Client
+import tercet  # noqa: TC001  lazy
+from tercet.cli.options import client_options, models_option, require, server_option
 
 
 @click.command()
+@server_option
 @client_options
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address the web page listens on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=7860, show_default=True, help="Its port; 0 picks a free one.")
 @models_option
-def demo(client: "Client", host: str, port: int, folder: Path) -> None:
+def demo(client: "tercet.Client", host: str, port: int, folder: Path) -> None:
     """Try the models on a web page.
 
     It runs until SIGTERM or Ctrl-C. Without --server it starts a service of its own for --models.

@@ -2,24 +2,18 @@
 
 import sys
 from functools import partial
-from typing import TYPE_CHECKING
 
 import click
 
+import tercet  # noqa: TC001  lazy
 from tercet.cli.options import DEFAULT_SERVER, client_options, require
-
-if TYPE_CHECKING:
-    from tercet.client import Client
 
 
 @click.command()
-@partial(
-    client_options,
-    server=click.argument("server", metavar="[HOST:PORT]", default=DEFAULT_SERVER, envvar="TERCET_SERVER"),
-    timeout=4.0,
-)
+@click.argument("server", metavar="[HOST:PORT]", default=DEFAULT_SERVER, envvar="TERCET_SERVER")
 @click.argument("name", default="")
-def health(client: "Client", name: str) -> None:
+@partial(client_options, timeout=4.0)
+def health(client: "tercet.Client", name: str) -> None:
     """Health probe for containers and init systems.
 
     Prints the status of the service at HOST:PORT, or only of NAME: a model, or `workers`. Exits with 0 when it is SERVING, else 1.

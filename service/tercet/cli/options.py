@@ -4,12 +4,14 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
 import click
 from click.shell_completion import CompletionItem
+
+import tercet
 
 DEFAULT_SERVER = "127.0.0.1:8001"
 EXIT_RETRY, EXIT_AUTH, EXIT_INTERRUPTED, EXIT_PIPE_CLOSED = 3, 4, 130, 141  # the last two as a shell reports SIGINT and SIGPIPE
@@ -17,22 +19,14 @@ EXIT_CODES = {  # by gRPC status; 1 for all others
     **dict.fromkeys(("UNAVAILABLE", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED", "CANCELLED"), EXIT_RETRY),
     **dict.fromkeys(("UNAUTHENTICATED", "PERMISSION_DENIED"), EXIT_AUTH),
 }
-Option = Callable[[Callable[..., None]], Callable[..., None]]
 COUNT = click.IntRange(min=1)
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
-models_option = click.option(
-    "--models",
-    "folder",
-    type=click.Path(file_okay=False, path_type=Path),
-    default=Path("models"),
-    envvar="TERCET_MODELS",
-    show_default=True,
-    show_envvar=True,
-    help="Folder of trained models.",
+FOLDER = click.Path(file_okay=False, path_type=Path)
+option = partial(click.option, show_default=True, show_envvar=True)
+models_option = option(
+    "--models", "folder", type=FOLDER, default="models", envvar="TERCET_MODELS", help="Folder of trained models."
 )
-server_option = click.option(
-    "--server", default=DEFAULT_SERVER, envvar="TERCET_SERVER", show_default=True, show_envvar=True, metavar="HOST:PORT"
-)
+server_option = option("--server", default=DEFAULT_SERVER, envvar="TERCET_SERVER", metavar="HOST:PORT")
 
 
 class CliError(click.ClickException):
@@ -91,31 +85,27 @@ def unknown_model(name: str, names: Sequence[str]) -> CliError:
     return CliError(f"No model {name!r}. {hint}")
 
 
-def client_options(command: Callable[..., None], *, server: Option = server_option, timeout: float = 30.0) -> Callable[..., None]:
+def client_options(command: Callable[..., None], *, timeout: float = 30.0) -> Callable[..., None]:
     """Give a command the options of a client, pass it the client, and turn a failed call into a message."""
 
-    @server
-    @click.option("--token", envvar="TERCET_TOKEN", show_envvar=True, help="Bearer token, if the service requires one.")
-    @click.option("--tls-ca", type=FILE, envvar="TERCET_TLS_CA", show_envvar=True, help="PEM file of trusted CAs; enables TLS.")
-    @click.option("--tls-certificate", type=FILE, envvar="TERCET_CLIENT_CERTIFICATE", show_envvar=True, help="PEM file, for mTLS.")
-    @click.option("--tls-key", type=FILE, envvar="TERCET_CLIENT_KEY", show_envvar=True, help="PEM file, for mTLS.")
+    @option("--token", envvar="TERCET_TOKEN", help="Bearer token, if the service requires one.")
+    @option("--tls-ca", type=FILE, envvar="TERCET_TLS_CA", help="PEM file of trusted CAs; enables TLS.")
+    @option("--tls-certificate", type=FILE, envvar="TERCET_CLIENT_CERTIFICATE", help="PEM file, for mTLS.")
+    @option("--tls-key", type=FILE, envvar="TERCET_CLIENT_KEY", help="PEM file, for mTLS.")
     @wraps(command)
-    def run(
-        *, server: str, token: str | None, tls_ca: Path | None, tls_certificate: Path | None, tls_key: Path | None, **rest: Any
-    ) -> None:
+    def run(*, server: str, **options: Any) -> None:
         from grpc import RpcError  # noqa: PLC0415  takes long to import, and --help does without
-
-        from tercet.client import Client  # noqa: PLC0415
 
         if ":" not in server:
             raise click.BadParameter(f"expected HOST:PORT, got {server!r}", param_hint="--server")
+        credentials = {name: options.pop(name) for name in ("token", "tls_ca", "tls_certificate", "tls_key")}
         try:
-            client = Client(server, token=token, tls_ca=tls_ca, tls_certificate=tls_certificate, tls_key=tls_key, timeout=timeout)
+            client = tercet.Client(server, timeout=timeout, **credentials)
         except ValueError as error:
             raise click.UsageError(f"{error}: --tls-ca, --tls-certificate, --tls-key") from None
         try:
             with client:
-                command(client=client, **rest)
+                command(client=client, **options)
         except RpcError as error:
             raise CliError(explain(server, error), EXIT_CODES.get(error.code().name, 1)) from None
 

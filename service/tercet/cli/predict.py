@@ -1,35 +1,25 @@
 """`tercet predict`."""
 
-import csv
-import json
-from collections.abc import Iterable, Iterator
-from io import BufferedReader, StringIO
-from typing import TYPE_CHECKING, Any
+from io import BufferedReader
 
 import click
 
-from tercet.cli.options import client_options, complete_models, complete_values, require
-
-if TYPE_CHECKING:
-    from tercet.cli.records import Adapter, Fields, Record
-    from tercet.client import Client
+import tercet  # noqa: TC001  lazy
+from tercet.cli.options import client_options, complete_models, complete_values, server_option
 
 
 @click.command(context_settings={"ignore_unknown_options": True})  # values may be negative
+@server_option
 @client_options
 @click.argument("model", shell_complete=complete_models)
 @click.argument("values", nargs=-1, shell_complete=complete_values)
 @click.option("--input", "source", type=click.File("rb"), help="Read input from this file, `-` for stdin.")
-@click.option(
-    "--format", "kind", type=click.Choice(["csv", "jsonl", "lines"]), help="Format of --input; by default that of its suffix."
-)
-@click.option(
-    "--output", type=click.Choice(["text", "json", "csv"]), default="text", show_default=True, help="Format of the output."
-)
+@click.option("--format", "kind", type=click.Choice(["csv", "jsonl", "lines"]), help="Format of --input; default: by its suffix.")
+@click.option("--output", type=click.Choice(["text", "json", "csv"]), default="text", show_default=True, help="Output format.")
 @click.option("--json", "output", flag_value="json", help="Short for --output json.")
 @click.option("--draw", is_flag=True, help="Draw each digit in the terminal, with all probabilities.")
 def predict(
-    client: "Client",
+    client: "tercet.Client",
     model: str,
     values: tuple[str, ...],
     source: BufferedReader | None,
@@ -54,7 +44,7 @@ def predict(
       seq 1 100 | tercet predict fizzbuzz --input -
       tercet predict fizzbuzz_any '[7, -15]'
     """  # noqa: D301
-    from tercet.cli.records import find_adapter, predict_all, read_records  # noqa: PLC0415  --help does without
+    from tercet.cli.records import find_adapter, predict_all, print_predictions, read_records  # noqa: PLC0415  --help does without
 
     if bool(values) == bool(source):
         raise click.UsageError("Give either values or --input FILE.")
@@ -64,51 +54,5 @@ def predict(
     if draw and (output != "text" or model != "mnist"):
         raise click.UsageError("--draw is for pictures of mnist, as text.")
     adapter = find_adapter(client, model)
-    pairs = predict_all(client, adapter, read_records(adapter, values, source, kind))
-    notice = adapter.notice if output == "text" else ""
-    for line in format_lines(adapter, pairs, output, draw=draw):
-        if notice:
-            click.echo(f"tercet: {notice}", err=True)
-            notice = ""
-        click.echo(line)
-
-
-def format_lines(adapter: "Adapter", pairs: Iterable[tuple["Record", "Fields"]], output: str, *, draw: bool) -> Iterator[str]:
-    """Predictions as text, as JSON objects, or as CSV with a header."""
-    header: list[str] = []
-    for record, fields in pairs:
-        if output == "json":
-            yield json.dumps(fields)
-        elif output == "csv":
-            row = dict(columns(fields))
-            if not header:
-                header += row
-                yield csv_line(header)
-            yield csv_line(row.get(name, "") for name in header)
-        else:
-            yield adapter.text(fields)
-            if draw:
-                yield draw_digit(record, fields)
-
-
-def draw_digit(record: "Record", fields: "Fields") -> str:
-    """The picture that the model sees, next to bars."""
-    from tercet.cli.render import show_digit  # noqa: PLC0415
-
-    with require("serve"):
-        from tercet.server.images import decode_image  # noqa: PLC0415  needs Pillow
-    return show_digit(decode_image(record.row, record.place), fields["probabilities"])
-
-
-def columns(fields: "Fields") -> Iterator[tuple[str, Any]]:
-    """Fields without lists; those become `name_0`, `name_1` and so on."""
-    from tercet.cli.records import flatten  # noqa: PLC0415
-
-    for name, value in fields.items():
-        yield from ((f"{name}_{i}", part) for i, part in enumerate(flatten(value))) if isinstance(value, list) else [(name, value)]
-
-
-def csv_line(values: Iterable[Any]) -> str:
-    line = StringIO()
-    csv.writer(line, lineterminator="").writerow(values)
-    return line.getvalue()
+    predictions = predict_all(client, adapter, read_records(adapter, values, source, kind))
+    print_predictions(adapter, predictions, output, draw=draw)

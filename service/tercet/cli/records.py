@@ -1,4 +1,4 @@
-"""The input of `tercet predict`: text -> records -> rows of a client's codec, and predictions in the same order.
+"""The input and output of `tercet predict`: text -> records -> rows of a client's codec, and predictions in the same order.
 
 A record is one argument, line or CSV row. Nothing is read before it is needed, so input may be of any length. The first record that
 is wrong ends it: the ones before are predicted, and the error names its place.
@@ -8,6 +8,7 @@ import csv
 import glob
 import json
 import re
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from io import BufferedReader
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 import click
 import grpc
 
-from tercet.cli.options import CliError, unknown_model
+from tercet.cli.options import CliError, require, unknown_model
 from tercet.client import MEASUREMENTS, Client
 
 BLOCK = 2**16  # bytes that are read from a file at once
@@ -36,13 +37,13 @@ class Record(NamedTuple):
 
 
 class Adapter(NamedTuple):
-    """How the words of a command line become rows of a model, and its predictions become text. The first two raise ValueError."""
+    """How the words of a command line become rows of a model, and its predictions become text."""
 
-    split: Callable[[Sequence[str]], Iterable[Any]]  # arguments -> records
-    parse: Callable[[Any], tuple[Any, Fields]]  # record -> row, and what the output repeats
+    field: str  # of the request: the one that holds the rows
     predict: Callable[[Client, Iterable[Any]], Iterator[Fields]]
     text: Callable[[Fields], str]
-    field: str  # of the request: the one that holds the rows
+    parse: Callable[[Any], tuple[Any, Fields]]  # record -> row, and what the output repeats; raises ValueError
+    split: Callable[[Sequence[str]], Iterable[Any]] = iter  # arguments -> records; raises ValueError
     notice: str = ""  # shown once with the predictions
 
 
@@ -50,18 +51,14 @@ def find_adapter(client: Client, model: str) -> Adapter:
     """The adapter of a typed service, or one for JSON and tensors. Raises CliError for a model that the service does not know."""
     if model in ADAPTERS:
         return ADAPTERS[model]
-    try:
-        client.config(model)
-    except grpc.RpcError as error:
-        if error.code() is grpc.StatusCode.NOT_FOUND:
-            raise unknown_model(model, client.models()) from None
-        raise
+    if model not in (names := client.models()):
+        raise unknown_model(model, names)
     return Adapter(
-        split=split_json,
-        parse=parse_json,
+        field="inputs[0]",
         predict=lambda client, rows: ({"output": output.tolist()} for output in client.infer_each(model, rows)),
         text=lambda fields: " ".join(f"{value:.4g}" for value in flatten(fields["output"])),
-        field="inputs[0]",
+        parse=parse_json,
+        split=split_json,
     )
 
 
@@ -100,26 +97,26 @@ def parse_picture(record: Any) -> tuple[bytes, Fields]:
 
 def parse_patient(record: Any) -> tuple[dict[str, float | None], Fields]:
     """A patient from NAME=VALUE words, all values in order, or named columns. Names may be shortened; `-` is not measured."""
-    echo = {"id": record["id"]} if isinstance(record, Mapping) and "id" in record else {}
-    patient: dict[str, float | None] = {}
+    echo, patient = Fields(), dict[str, float | None]()
     for name, value in named_values(record):
-        if name in echo:
-            continue
         matches = [full for full in MEASUREMENTS if full.startswith(name.strip())]
-        if len(matches) != 1:
+        if isinstance(record, Mapping) and name == "id":
+            echo["id"] = value
+        elif len(matches) != 1:
             raise ValueError(f"unknown measurement {name!r}; expected one of {', '.join(MEASUREMENTS)}, or the beginning of one")
-        if matches[0] in patient:
+        elif matches[0] in patient:
             raise ValueError(f"{matches[0]} is given twice")
-        patient[matches[0]] = None if value in ("-", "", None) else number(value, float, f"{name}: ")
+        else:
+            patient[matches[0]] = None if value in ("-", "", None) else number(value, float, f"{name}: ")
     return patient, echo
 
 
-def named_values(record: Any) -> Iterable[tuple[str, Any]]:
+def named_values(record: Any) -> Iterable[Sequence[Any]]:
     if isinstance(record, Mapping):
         return record.items()
     values = record.split() if isinstance(record, str) else record if isinstance(record, list | tuple) else [record]
     if any("=" in str(value) for value in values):
-        return [(name, value) for name, _, value in (str(value).partition("=") for value in values)]
+        return [str(value).partition("=")[::2] for value in values]
     if len(values) != len(MEASUREMENTS):
         order = " ".join(MEASUREMENTS)
         raise ValueError(f"expected NAME=VALUE or {len(MEASUREMENTS)} values in the order {order}, got {len(values)} values")
@@ -133,11 +130,9 @@ def parse_number(record: Any) -> tuple[int, Fields]:
 
 def column(record: Any, name: str) -> Any:
     """The named column of a record, or the record itself when it has no columns."""
-    if not isinstance(record, Mapping):
-        return record
-    if name not in record:
+    if isinstance(record, Mapping) and name not in record:
         raise ValueError(f"expected a column {name!r}, got {', '.join(map(repr, record))}")
-    return record[name]
+    return record[name] if isinstance(record, Mapping) else record
 
 
 def number(value: Any, kind: Callable[[str], Any], where: str = "") -> Any:
@@ -158,56 +153,31 @@ def join(*parts: str | None) -> str:
     return ": ".join(filter(None, parts))
 
 
-def flatten(value: Any) -> list[Any]:
-    """The values of a nested list, in order."""
-    return [leaf for part in value for leaf in flatten(part)] if isinstance(value, list) else [value]
-
-
 ADAPTERS = {
     "mnist": Adapter(
-        split=lambda arguments: chain.from_iterable(map(find_files, arguments)),
-        parse=parse_picture,
+        field="images",
         predict=lambda client, rows: (digit._asdict() for digit in client.classify_each(rows)),
         text=lambda fields: f"{fields['file']}: {fields['digit']} ({max(fields['probabilities']):.1%})",
-        field="images",
+        parse=parse_picture,
+        split=lambda arguments: chain.from_iterable(map(find_files, arguments)),
     ),
     "diabetes": Adapter(
-        split=lambda arguments: [arguments],
-        parse=parse_patient,
+        field="patients",
         predict=lambda client, rows: (assessment._asdict() for assessment in client.assess_each(rows)),
         text=lambda fields: join(
             fields.get("id"), f"{fields['probability']:.1%} probability of a positive test ({fields['label']})"
         ),
-        field="patients",
+        parse=parse_patient,
+        split=lambda arguments: [arguments],
         notice="for teaching and benchmarking only, not for medical decisions",
     ),
     "fizzbuzz": Adapter(
-        split=lambda arguments: arguments,
-        parse=parse_number,
+        field="numbers",
         predict=lambda client, rows: ({"word": word} for word in client.answer_each(rows)),
         text=lambda fields: str(fields["word"]),
-        field="numbers",
+        parse=parse_number,
     ),
 }
-
-
-def read_records(adapter: Adapter, arguments: Sequence[str], file: BufferedReader | None, kind: str | None) -> Iterator[Record]:
-    """The records in the arguments, or in a file in a format of READERS. Raises CliError, which names the line."""
-    lines = Lines(file) if file else None
-    if lines:
-        kind = kind or FORMATS.get(Path(lines.name).suffix.lower(), "lines")
-        kind = "jsonl" if kind == "lines" and adapter.parse is parse_json else kind
-
-    def place() -> str:
-        return f"{lines.name}, line {lines.number}" if lines else ""
-
-    try:
-        for record in READERS[kind or ""](lines) if lines else adapter.split(arguments):
-            row, echo = adapter.parse(record)
-            yield Record(join(place(), echo.get("file")), row, echo, bool(lines and lines.last_ready))
-    except (ValueError, csv.Error) as error:
-        reason = "expected text in UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
-        raise CliError(join(place(), reason)) from None
 
 
 class Lines:
@@ -228,10 +198,6 @@ class Lines:
             yield rest.decode("utf-8-sig")
 
 
-def from_lines(lines: Iterable[str]) -> Iterator[str]:
-    return filter(None, map(str.strip, lines))
-
-
 def from_csv(lines: Iterable[str]) -> Iterator[Fields]:
     """Rows by the columns of the header. Raises ValueError and csv.Error."""
     reader = csv.DictReader(lines, strict=True)
@@ -244,62 +210,74 @@ def from_csv(lines: Iterable[str]) -> Iterator[Fields]:
         yield row
 
 
-READERS: dict[str, Callable[[Iterable[str]], Iterator[Any]]] = {
-    "csv": from_csv,
-    "jsonl": lambda lines: map(from_json, from_lines(lines)),
-    "lines": from_lines,
-}
+def read_records(adapter: Adapter, arguments: Sequence[str], file: BufferedReader | None, kind: str | None) -> Iterator[Record]:
+    """The records in the arguments, or in a file: csv, jsonl or lines. Raises CliError, which names the line."""
+    lines = Lines(file) if file else None
+
+    def records() -> Iterable[Any]:
+        if not lines:
+            return adapter.split(arguments)
+        form = kind or FORMATS.get(Path(lines.name).suffix.lower(), "lines")
+        if form == "csv":
+            return from_csv(lines)
+        texts = filter(None, map(str.strip, lines))
+        return map(from_json, texts) if form == "jsonl" or adapter.parse is parse_json else texts
+
+    def place() -> str:
+        return f"{lines.name}, line {lines.number}" if lines else ""
+
+    try:
+        for record in records():
+            row, echo = adapter.parse(record)
+            yield Record(join(place(), echo.get("file")), row, echo, bool(lines and lines.last_ready))
+    except (ValueError, csv.Error) as error:
+        reason = "expected text in UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
+        raise CliError(join(place(), reason)) from None
 
 
 def predict_all(client: Client, adapter: Adapter, records: Iterator[Record]) -> Iterator[tuple[Record, Fields]]:
     """Predict any number of records, in order; those that have arrived are predicted before more input is awaited.
 
-    Raises CliError for a wrong record, and grpc.RpcError.
-    """
-
-    def until_wait() -> Iterator[Record]:
-        for record in records:
-            yield record
-            if record.last_ready:
-                return
-
-    for first in records:
-        yield from predict_ready(client, adapter, chain([first], () if first.last_ready else until_wait()))
-
-
-def predict_ready(client: Client, adapter: Adapter, records: Iterator[Record]) -> Iterator[tuple[Record, Fields]]:
-    """Predict records in one stream.
-
-    When one is rejected, those before it are predicted first. Then the stream goes on from there: the record may have been one too
-    many for its request. It is wrong if it is rejected as the first one.
+    When one is rejected, those before it are predicted first. Then the next stream starts with it: the record may have been one too
+    many for its request. It is wrong if it is rejected as the first one. Raises CliError for a wrong record, and grpc.RpcError.
     """
     pending = deque[Record]()  # read, and not predicted yet
     wrong: CliError | None = None
 
-    def rows() -> Iterator[Any]:
-        yield from [record.row for record in pending]
-        for record in records:
-            pending.append(record)
-            yield record.row
+    def rows(count: int | None) -> Iterator[Any]:
+        """The first `count` pending rows; without a count all, and those that have arrived."""
+        ready = [*pending][:count] if count or pending[-1].last_ready else chain([*pending], read_ready(records, pending))
+        return (record.row for record in ready)
 
-    while not wrong:
-        done = 0
-        try:
-            for fields in adapter.predict(client, rows()):
-                record = pending.popleft()
-                done += 1
-                yield record, {**record.echo, **fields}
-        except CliError as error:  # by the input
-            wrong, good = error, len(pending)
-        except (ValueError, TypeError, grpc.RpcError) as error:  # by the codec or the service
-            row, details = locate(error, adapter.field)
-            good = row - done
-            if good <= 0:
-                raise CliError(join(pending[0].place, details)) from None
-        else:
+    for first in records:
+        pending.append(first)
+        count = None  # of rows before one that was rejected
+        while pending:
+            done = 0
+            try:
+                for fields in adapter.predict(client, rows(count)):
+                    record = pending.popleft()
+                    done += 1
+                    yield record, {**record.echo, **fields}
+                count = None
+            except CliError as error:  # by the input, which has ended
+                wrong, count = error, len(pending)
+            except (ValueError, TypeError, grpc.RpcError) as error:  # by the codec or the service
+                row, details = locate(error, adapter.field)
+                count = row - done
+                if count <= 0:
+                    raise CliError(join(pending[0].place, details)) from None
+    if wrong:
+        raise wrong
+
+
+def read_ready(records: Iterator[Record], pending: deque[Record]) -> Iterator[Record]:
+    """The records that have arrived; each is also appended to `pending`."""
+    for record in records:
+        pending.append(record)
+        yield record
+        if record.last_ready:
             return
-        yield from predict_ready(client, adapter, iter([pending.popleft() for _ in range(good)]))
-    raise wrong
 
 
 def locate(error: Any, field: str) -> tuple[int, str]:
@@ -310,3 +288,39 @@ def locate(error: Any, field: str) -> tuple[int, str]:
     if TOO_LARGE in details:
         return 0, details[details.index(TOO_LARGE) :]
     raise error if isinstance(error, grpc.RpcError) else CliError(details)
+
+
+def print_predictions(adapter: Adapter, predictions: Iterator[tuple[Record, Fields]], output: str, *, draw: bool) -> None:
+    """Print predictions as text, as JSON objects or as CSV; with `draw` each picture below its line."""
+    if output == "csv":
+        print_csv(fields for _, fields in predictions)
+        return
+    for i, (record, fields) in enumerate(predictions):
+        if output == "text" and adapter.notice and i == 0:
+            click.echo(f"tercet: {adapter.notice}", err=True)
+        click.echo(json.dumps(fields) if output == "json" else adapter.text(fields))
+        if draw:
+            from tercet.cli.render import show_digit  # noqa: PLC0415  imports rich
+
+            with require("serve"):
+                from tercet.server.images import decode_image  # noqa: PLC0415  needs Pillow
+            click.echo(show_digit(decode_image(record.row, record.place), fields["probabilities"]))
+
+
+def print_csv(predictions: Iterable[Fields]) -> None:
+    """Print a header and a line per prediction; a list becomes columns `name_0`, `name_1` and so on."""
+    writer = None
+    for fields in predictions:
+        row = Fields()
+        for name, value in fields.items():
+            row |= {f"{name}_{i}": part for i, part in enumerate(flatten(value))} if isinstance(value, list) else {name: value}
+        if not writer:
+            writer = csv.DictWriter(sys.stdout, row, extrasaction="ignore", lineterminator="\n")
+            writer.writeheader()
+        writer.writerow(row)
+        sys.stdout.flush()
+
+
+def flatten(value: Any) -> list[Any]:
+    """The values of a nested list, in order."""
+    return [leaf for part in value for leaf in flatten(part)] if isinstance(value, list) else [value]

@@ -1,10 +1,8 @@
-"""Tables, cards, pictures, bars and histograms as plain text, which looks the same in a terminal and in a pipe."""
+"""Tables, cards, pictures and bars as plain text, which looks the same in a terminal and in a pipe."""
 
-import math
 from collections.abc import Mapping, Sequence
 from io import StringIO
 
-import numpy as np
 from rich.bar import Bar
 from rich.console import Console, RenderableType
 from rich.table import Table
@@ -45,31 +43,19 @@ def show_digit(pixels: Rows, probabilities: Sequence[float]) -> str:
     return to_text(grid([(picture, grid(bars, gap=1))]), width=80)
 
 
-def histogram(values: Rows) -> str:
-    """A bar for the number of values, (n,), in each step of 1, 2, 5, 10, 20 and so on."""
-    values = np.maximum(values, 1e-3)
-    powers = range(math.floor(math.log10(values.min())), math.ceil(math.log10(values.max())) + 1)
-    counts, edges = np.histogram(values, [float(f"{factor}e{power}") for power in powers for factor in (1, 2, 5)])
-    first, *_, last = np.flatnonzero(counts).repeat(2)
-    steps = range(first, last + 1)
-    bars = [(f"{edges[i]:8g} to {edges[i + 1]:g}", Bar(counts.max(), 0, counts[i], width=40), str(counts[i])) for i in steps]
-    return to_text(grid(bars, gap=1), width=80)
-
-
 def overview(cards: Mapping[str, Card | None]) -> str:
     """A table of models by name; those without a card are not trained."""
-    rows = [_overview_row(name, card) for name, card in cards.items()]
-    return to_text(grid([("NAME", "INPUT", "LABELS", "METRIC", "DATA", "COMMIT"), *rows]), width=1000)
-
-
-def _overview_row(name: str, card: Card | None) -> tuple[str, ...]:
-    if card is None:
-        return name, "-", "-", "not trained", "-", "-"
-    metric = next((f"{key} {value:.4g}" for key, value in card.metrics.items()), "-")
-    shape = "x".join(map(str, card.input.shape))
-    labels = ", ".join(card.labels) if len(card.labels) <= 2 else f"{card.labels[0]} .. {card.labels[-1]}"  # noqa: PLR2004
-    commit = card.git_commit[:7] + "*" * card.git_commit.endswith("-dirty")
-    return name, f"{card.input.name} {shape}".strip(), labels or "-", metric, card.data["source"], commit
+    rows = [("NAME", "INPUT", "LABELS", "METRIC", "DATA", "COMMIT")]
+    for name, card in cards.items():
+        if card is None:
+            rows.append((name, "-", "-", "not trained", "-", "-"))
+            continue
+        shape = "x".join(map(str, card.input.shape))
+        labels = ", ".join(card.labels) if len(card.labels) <= 2 else f"{card.labels[0]} .. {card.labels[-1]}"  # noqa: PLR2004
+        metric = next((f"{key} {value:.4g}" for key, value in card.metrics.items()), "-")
+        commit = card.git_commit[:7] + "*" * card.git_commit.endswith("-dirty")
+        rows.append((name, f"{card.input.name} {shape}".strip(), labels or "-", metric, card.data["source"], commit))
+    return to_text(grid(rows), width=1000)
 
 
 def details(card: Card) -> str:

@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 import click
 
-from tercet.cli.options import DEFAULT_SERVER, require
+from tercet.cli.options import DEFAULT_SERVER, option, require
 from tercet.errors import StartupError
 from tercet.server.config import Config
 
@@ -22,17 +22,14 @@ def config_options(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command one option for each field of Config."""
     for field in reversed(dataclasses.fields(Config)):
         kind = next((part for part in get_args(field.type) if part is not type(None)), field.type)
-        add = click.option(
+        command = option(
             f"--{field.name.replace('_', '-')}",
             type=click.Choice(field.metadata["choices"]) if field.metadata["choices"] else kind,
             is_flag=kind is bool,
             default=field.default,
             envvar=f"TERCET_{field.name.upper()}",
-            show_default=True,
-            show_envvar=True,
             help=field.metadata["help"],
-        )
-        command = add(command)
+        )(command)
     return command
 
 

@@ -7,16 +7,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 import grpc
 
 from tercet.client import codecs
 from tercet.client.codecs import MEASUREMENTS, Assessment, Chunk, Codec, Digit, Prediction, Row, Word
+from tercet.proto import inference_pb2 as oip
 from tercet.proto.fizzbuzz_pb2 import CountRequest
 from tercet.proto.fizzbuzz_pb2_grpc import FizzBuzzStub
-from tercet.proto.inference_pb2 import ModelConfig, ModelConfigRequest, RepositoryIndexRequest
 from tercet.proto.inference_pb2_grpc import GRPCInferenceServiceStub
 
 if TYPE_CHECKING:
@@ -27,20 +26,14 @@ if TYPE_CHECKING:
 __all__ = ["BALANCED", "MEASUREMENTS", "OPTIONS", "SERVICE_CONFIG", "Assessment", "Client", "Digit", "Word"]
 
 AHEAD = 1024  # rows
-_RETRIES = {
-    "methodConfig": [
-        {
-            "name": [{}],  # every method: all are safe to repeat
-            "retryPolicy": {
-                "maxAttempts": 5,
-                "initialBackoff": "0.1s",
-                "maxBackoff": "2s",
-                "backoffMultiplier": 2,
-                "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],  # the latter is what gRPC returns while a server stops
-            },
-        }
-    ]
+_RETRY_POLICY = {
+    "maxAttempts": 5,
+    "initialBackoff": "0.1s",
+    "maxBackoff": "2s",
+    "backoffMultiplier": 2,
+    "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],  # the latter is what gRPC returns while a server stops
 }
+_RETRIES = {"methodConfig": [{"name": [{}], "retryPolicy": _RETRY_POLICY}]}  # of every method: all are safe to repeat
 SERVICE_CONFIG = json.dumps(_RETRIES)  # the channel option `grpc.service_config`, for any gRPC client
 OPTIONS = {
     "grpc.service_config": SERVICE_CONFIG,
@@ -51,11 +44,10 @@ OPTIONS = {
     "grpc.http2.max_pings_without_data": 0,  # no limit (gRPC default: the third ping would come a minute later)
     "grpc.http2.ping_timeout_ms": 15_000,  # of bandwidth probes, which hold back keepalive pings until they end
 }
+_ROUND_ROBIN = {"loadBalancingConfig": [{"round_robin": {}}], "healthCheckConfig": {"serviceName": ""}}
 BALANCED = {  # for an address that names several hosts
     **OPTIONS,
-    "grpc.service_config": json.dumps(
-        {**_RETRIES, "loadBalancingConfig": [{"round_robin": {}}], "healthCheckConfig": {"serviceName": ""}}
-    ),
+    "grpc.service_config": json.dumps({**_RETRIES, **_ROUND_ROBIN}),
     "grpc.max_reconnect_backoff_ms": 10_000,  # to find a host again soon after it returns (gRPC default: 2 min)
 }
 
@@ -95,12 +87,19 @@ class BaseClient:
             self._channel = self._grpc.secure_channel(address, grpc.ssl_channel_credentials(*files), options)
         else:
             self._channel = self._grpc.insecure_channel(address, options)
-        self._options: dict[str, Any] = {
-            "timeout": timeout,
-            "metadata": [("authorization", f"Bearer {token}")] if token else None,
-        }
-        self._configs: dict[str, ModelConfig] = {}  # by model
+        self._oip: Any = GRPCInferenceServiceStub(self._channel)
+        self._options = {"timeout": timeout, "metadata": [("authorization", f"Bearer {token}")] if token else None}
+        self._configs: dict[str, oip.ModelConfig] = {}  # by model
         self._config_lock = self._lock()  # several first calls request a configuration once
+
+    def _check_health(self, name: str) -> Any:
+        """The response, or for asyncio a call to await."""
+        from grpc_health.v1 import health_pb2, health_pb2_grpc  # noqa: PLC0415  not in a plain client install
+
+        return health_pb2_grpc.HealthStub(self._channel).Check(health_pb2.HealthCheckRequest(service=name), **self._options)
+
+    def _count(self, start: int, stop: int, step: int) -> Any:
+        return FizzBuzzStub(self._channel).Count(CountRequest(start=start, stop=stop, step=step), **self._options)
 
     @contextmanager
     def _errors_of(self, codec: Codec[Any, Any], chunk: Chunk) -> Iterator[None]:
@@ -109,7 +108,7 @@ class BaseClient:
             yield
         except grpc.RpcError as error:
             self._configs.pop(codec.model, None)  # the service may have restarted with other limits
-            raise codecs.with_batch_indices(error, codec, chunk) from None
+            raise codecs.with_batch_indices(error, codec.field, chunk) from None
 
 
 class Client(BaseClient):
@@ -129,27 +128,23 @@ class Client(BaseClient):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self._channel.close()
 
     def health(self, name: str = "") -> str:
         """SERVING, NOT_SERVING or UNKNOWN, of a model or of the whole service."""
-        from grpc_health.v1 import health_pb2, health_pb2_grpc  # noqa: PLC0415  not in a plain client install
-
-        response = health_pb2_grpc.HealthStub(self._channel).Check(health_pb2.HealthCheckRequest(service=name), **self._options)
-        return str(health_pb2.HealthCheckResponse.ServingStatus.Name(response.status))
+        response = self._check_health(name)
+        return str(response.ServingStatus.Name(response.status))
 
     def models(self) -> list[str]:
         """Names of all models that the service knows, loaded or not."""
-        stub = GRPCInferenceServiceStub(self._channel)
-        return [model.name for model in stub.RepositoryIndex(RepositoryIndexRequest(), **self._options).models]
+        return [model.name for model in self._oip.RepositoryIndex(oip.RepositoryIndexRequest(), **self._options).models]
 
-    def config(self, model: str) -> ModelConfig:
+    def config(self, model: str) -> oip.ModelConfig:
         """The tensors of a model, its limit of rows per request, and texts of its card; requested once per model."""
         with self._config_lock:
             if model not in self._configs:
-                stub = GRPCInferenceServiceStub(self._channel)
-                self._configs[model] = stub.ModelConfig(ModelConfigRequest(name=model), **self._options).config
+                self._configs[model] = self._oip.ModelConfig(oip.ModelConfigRequest(name=model), **self._options).config
             return self._configs[model]
 
     def classify(self, images: Iterable["Picture"]) -> list[Digit]:
@@ -179,7 +174,7 @@ class Client(BaseClient):
 
     def count(self, start: int, stop: int, step: int = 1) -> Iterator[tuple[int, Word]]:
         """Count from start to stop, both included, in one server stream with one deadline; yields pairs of number and word."""
-        call = FizzBuzzStub(self._channel).Count(CountRequest(start=start, stop=stop, step=step), **self._options)
+        call = self._count(start, stop, step)
         try:
             for response in call:
                 yield response.number, Word(response.word, response.model)
@@ -200,7 +195,7 @@ class Client(BaseClient):
         """The predictions for a batch, chunk by chunk."""
         batch = codec.chunks(rows, self.config(codec.model).max_batch_size)
         if len(batch) > 1:
-            yield from self._call(codec, batch, codecs.CALLS_IN_FLIGHT)
+            yield from self._call(codec, iter(batch), codecs.CALLS_IN_FLIGHT)
         else:  # a blocking call costs less CPU time than a future
             with self._errors_of(codec, batch[0]):
                 yield codec.decode(codec.method(self._channel)(batch[0].request, **self._options))
@@ -210,20 +205,19 @@ class Client(BaseClient):
         for predictions in self._call(codec, codecs.chunks(codec, rows, max_rows), calls):
             yield from predictions
 
-    def _call(self, codec: Codec[Any, Prediction], requests: Iterable[Chunk], calls: int) -> Iterator[Iterable[Prediction]]:
+    def _call(self, codec: Codec[Any, Prediction], chunks: Iterator[Chunk], calls: int) -> Iterator[Iterable[Prediction]]:
         """Predictions per chunk, in order, with at most `calls` calls in flight."""
-        method, waiting = codec.method(self._channel), deque[tuple[Chunk, Any]]()
+        method, in_flight = codec.method(self._channel), deque[tuple[Chunk, Any]]()
         try:
-            for chunk in requests:
-                waiting.append((chunk, method.future(chunk.request, **self._options)))
-                if len(waiting) == calls:
-                    yield self._result(codec, *waiting.popleft())
-            while waiting:
-                yield self._result(codec, *waiting.popleft())
+            while True:
+                while len(in_flight) < calls and (chunk := next(chunks, None)):
+                    in_flight.append((chunk, method.future(chunk.request, **self._options)))
+                if not in_flight:
+                    return
+                chunk, call = in_flight.popleft()
+                with self._errors_of(codec, chunk):
+                    predictions = codec.decode(call.result())
+                yield predictions
         finally:
-            for _, call in waiting:
+            for _, call in in_flight:
                 call.cancel()
-
-    def _result(self, codec: Codec[Any, Prediction], chunk: Chunk, call: Any) -> Iterable[Prediction]:
-        with self._errors_of(codec, chunk):
-            return codec.decode(call.result())

@@ -4,18 +4,14 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping
 from itertools import chain
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 import grpc.aio
 import numpy as np
 
 from tercet.client import AHEAD, BaseClient, codecs
-from tercet.client.codecs import Assessment, Chunk, Chunker, Codec, Digit, Prediction, Row, Word
-from tercet.proto.fizzbuzz_pb2 import CountRequest
-from tercet.proto.fizzbuzz_pb2_grpc import FizzBuzzStub
-from tercet.proto.inference_pb2 import ModelConfig, ModelConfigRequest, RepositoryIndexRequest
-from tercet.proto.inference_pb2_grpc import GRPCInferenceServiceStub
+from tercet.client.codecs import Assessment, Chunk, Codec, Digit, Prediction, Row, Word
+from tercet.proto import inference_pb2 as oip
 
 if TYPE_CHECKING:
     from tercet.client.codecs import Picture
@@ -35,25 +31,20 @@ class AsyncClient(BaseClient):
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self._channel.close()
 
     async def health(self, name: str = "") -> str:
-        from grpc_health.v1 import health_pb2, health_pb2_grpc  # noqa: PLC0415  not in a plain client install
-
-        stub = health_pb2_grpc.HealthStub(self._channel)
-        response = await stub.Check(health_pb2.HealthCheckRequest(service=name), **self._options)
-        return str(health_pb2.HealthCheckResponse.ServingStatus.Name(response.status))
+        response = await self._check_health(name)
+        return str(response.ServingStatus.Name(response.status))
 
     async def models(self) -> list[str]:
-        stub = GRPCInferenceServiceStub(self._channel)
-        return [model.name for model in (await stub.RepositoryIndex(RepositoryIndexRequest(), **self._options)).models]
+        return [model.name for model in (await self._oip.RepositoryIndex(oip.RepositoryIndexRequest(), **self._options)).models]
 
-    async def config(self, model: str) -> ModelConfig:
+    async def config(self, model: str) -> oip.ModelConfig:
         async with self._config_lock:
             if model not in self._configs:
-                stub = GRPCInferenceServiceStub(self._channel)
-                self._configs[model] = (await stub.ModelConfig(ModelConfigRequest(name=model), **self._options)).config
+                self._configs[model] = (await self._oip.ModelConfig(oip.ModelConfigRequest(name=model), **self._options)).config
             return self._configs[model]
 
     async def classify(self, images: Iterable["Picture"]) -> list[Digit]:
@@ -75,7 +66,7 @@ class AsyncClient(BaseClient):
         return self._stream(codecs.FizzBuzzCodec(), numbers, ahead)
 
     async def count(self, start: int, stop: int, step: int = 1) -> AsyncIterator[tuple[int, Word]]:
-        call = FizzBuzzStub(self._channel).Count(CountRequest(start=start, stop=stop, step=step), **self._options)
+        call = self._count(start, stop, step)
         try:
             async for response in call:
                 yield response.number, Word(response.word, response.model)
@@ -91,33 +82,32 @@ class AsyncClient(BaseClient):
             yield output
 
     async def _batch(self, codec: Codec[Row, Prediction], rows: Iterable[Row]) -> list[Iterable[Prediction]]:
-        batch = codec.chunks(rows, (await self.config(codec.model)).max_batch_size)
-        return [predictions async for predictions in self._call(codec, _each(batch), codecs.CALLS_IN_FLIGHT)]
+        chunks = codec.chunks(rows, (await self.config(codec.model)).max_batch_size)
+        return [predictions async for predictions in self._call(codec, _each(chunks), codecs.CALLS_IN_FLIGHT)]
 
     async def _stream(self, codec: Codec[Row, Prediction], rows: Rows[Row], ahead: int) -> AsyncIterator[Prediction]:
         max_rows, calls = codecs.stream_limits((await self.config(codec.model)).max_batch_size, ahead)
-        async for predictions in self._call(codec, _chunks(Chunker(codec, max_rows), rows), calls):
+        async for predictions in self._call(codec, _chunks(codec, rows, max_rows), calls):
             for prediction in predictions:
                 yield prediction
 
     async def _call(
-        self, codec: Codec[Any, Prediction], requests: AsyncIterable[Chunk], calls: int
+        self, codec: Codec[Any, Prediction], chunks: AsyncIterator[Chunk], calls: int
     ) -> AsyncIterator[Iterable[Prediction]]:
-        method, waiting = codec.method(self._channel), deque[tuple[Chunk, Any]]()
+        method, in_flight = codec.method(self._channel), deque[tuple[Chunk, Any]]()
         try:
-            async for chunk in requests:
-                waiting.append((chunk, method(chunk.request, **self._options)))
-                if len(waiting) == calls:
-                    yield await self._result(codec, *waiting.popleft())
-            while waiting:
-                yield await self._result(codec, *waiting.popleft())
+            while True:
+                while len(in_flight) < calls and (chunk := await anext(chunks, None)):
+                    in_flight.append((chunk, method(chunk.request, **self._options)))
+                if not in_flight:
+                    return
+                chunk, call = in_flight.popleft()
+                with self._errors_of(codec, chunk):
+                    predictions = codec.decode(await call)
+                yield predictions
         finally:
-            for _, call in waiting:
+            for _, call in in_flight:
                 call.cancel()
-
-    async def _result(self, codec: Codec[Any, Prediction], chunk: Chunk, call: Any) -> Iterable[Prediction]:
-        with self._errors_of(codec, chunk):
-            return codec.decode(await call)
 
 
 async def _each(rows: Rows[Row]) -> AsyncIterator[Row]:
@@ -129,7 +119,8 @@ async def _each(rows: Rows[Row]) -> AsyncIterator[Row]:
             yield row
 
 
-async def _chunks(chunker: Chunker, rows: Rows[Any]) -> AsyncIterator[Chunk]:
+async def _chunks(codec: Codec[Row, Any], rows: Rows[Row], max_rows: int) -> AsyncIterator[Chunk]:
+    chunker = codecs.Chunker(codec, max_rows)
     async for row in _each(rows):
         if chunk := chunker.add(row):
             yield chunk

@@ -1,38 +1,32 @@
-"""What a client sends and receives, without I/O: rows <-> messages, and batches of any length <-> chunks of one request each."""
+"""Rows <-> messages, and rows of any number <-> chunks of one request each. Nothing here does I/O."""
 
 import io
 import operator
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Self, TypeVar
 
 import grpc
 from google.protobuf.message import Message
 
-from tercet.proto.diabetes_pb2 import AssessRequest, AssessResponse, Patient
-from tercet.proto.diabetes_pb2_grpc import DiabetesStub
-from tercet.proto.digits_pb2 import ClassifyRequest, ClassifyResponse, Image
-from tercet.proto.digits_pb2_grpc import DigitsStub
-from tercet.proto.fizzbuzz_pb2 import AnswerRequest, AnswerResponse
-from tercet.proto.fizzbuzz_pb2_grpc import FizzBuzzStub
-from tercet.proto.inference_pb2 import DataType, ModelConfig, ModelInferRequest, ModelInferResponse
+from tercet.proto import diabetes_pb2, diabetes_pb2_grpc, digits_pb2, digits_pb2_grpc, fizzbuzz_pb2, fizzbuzz_pb2_grpc
+from tercet.proto import inference_pb2 as oip
 from tercet.proto.inference_pb2_grpc import GRPCInferenceServiceStub
 
 if TYPE_CHECKING:
     from typing import TypeAlias
 
     import numpy as np
-    from PIL.Image import Image as PilImage
+    from PIL.Image import Image
 
-    Picture: TypeAlias = bytes | str | Path | np.ndarray | PilImage
+    Picture: TypeAlias = bytes | str | Path | np.ndarray | Image
 
 Row = TypeVar("Row")
 Prediction = TypeVar("Prediction")
 
-MEASUREMENTS = tuple(Patient.DESCRIPTOR.fields_by_name)
-INT64 = range(-(2**63), 2**63)
+MEASUREMENTS = tuple(diabetes_pb2.Patient.DESCRIPTOR.fields_by_name)
 CHUNK_BYTES = 3 * 2**20  # of the rows in a request: every gRPC server reads messages of 4 MiB by default
 CALLS_IN_FLIGHT = 2  # per batch or stream: one is computed while the next one travels
 
@@ -76,27 +70,25 @@ class Codec(Generic[Row, Prediction]):
 
     model: str  # whose limit of rows per request applies
     field: str  # of the request: the one that holds the rows
-    rpc: tuple[Any, str]  # stub class and method
-    request_type: ClassVar[Any]
+    rpc: tuple[Any, str, Any]  # stub class, method, type of the request
 
     def method(self, channel: Any) -> Any:
-        stub, name = self.rpc
-        return getattr(stub(channel), name)
+        return getattr(self.rpc[0](channel), self.rpc[1])
 
     def encode(self, where: str, row: Row) -> Any:
         """The row as an entry of the request. `where` names it in errors. Raises ValueError, TypeError."""
         raise NotImplementedError
 
-    def size(self, encoded: Any) -> int:
-        """Bytes of an encoded row."""
-        return int(encoded.ByteSize())
-
-    def request(self, encoded: Sequence[Any]) -> Message:
-        request: Message = self.request_type(**{self.field: encoded})
+    def request(self, entries: Any) -> Message:
+        request: Message = self.rpc[2](**{self.field: entries})
         return request
 
     def decode(self, response: Any) -> Iterable[Prediction]:
         raise NotImplementedError
+
+    def size(self, entry: Any) -> int:
+        """Bytes of an entry."""
+        return int(entry.ByteSize())
 
     def chunks(self, rows: Iterable[Row], max_rows: int) -> list[Chunk]:
         """A whole batch; an empty one is an empty chunk, which the service rejects."""
@@ -106,22 +98,20 @@ class Codec(Generic[Row, Prediction]):
 class DigitsCodec(Codec["Picture", Digit]):
     """tercet.v1.Digits; a row is a picture."""
 
-    model, field, rpc, request_type = "mnist", "images", (DigitsStub, "Classify"), ClassifyRequest
+    model, field, rpc = "mnist", "images", (digits_pb2_grpc.DigitsStub, "Classify", digits_pb2.ClassifyRequest)
 
-    def encode(self, where: str, row: "Picture") -> Image:
+    def encode(self, where: str, row: "Picture") -> digits_pb2.Image:
         """Files and pixels as they are, a PIL image as a PNG file. Raises OSError for a path that cannot be read."""
         if isinstance(row, bytes):
-            return Image(encoded=row)
+            return digits_pb2.Image(encoded=row)
         if isinstance(row, str | Path):
-            return Image(encoded=Path(row).read_bytes())
+            return digits_pb2.Image(encoded=Path(row).read_bytes())
         if hasattr(row, "dtype"):
             array: Any = row
             if array.shape != (28, 28) or array.dtype != "uint8":
-                raise ValueError(
-                    f"{where}: expected (28, 28) uint8 pixels, 0 = paper, 255 = ink, got {array.shape} {array.dtype}; "
-                    "send any other picture as a PNG or JPEG file or as a PIL image"
-                )
-            return Image(pixels=array.tobytes())
+                got = f"{array.shape} {array.dtype}; send any other picture as a PNG or JPEG file or as a PIL image"
+                raise ValueError(f"{where}: expected (28, 28) uint8 pixels, 0 = paper, 255 = ink, got {got}")
+            return digits_pb2.Image(pixels=array.tobytes())
         if not hasattr(row, "getexif"):
             raise TypeError(f"{where}: expected a path, the bytes of a PNG or JPEG file, an array or a PIL image, got {row!r}")
         file = io.BytesIO()
@@ -129,21 +119,21 @@ class DigitsCodec(Codec["Picture", Digit]):
             row.save(file, "PNG", exif=row.getexif())  # EXIF says which side is up
         except OSError as error:
             raise ValueError(f"{where}: {error}; convert the image to RGB") from error
-        return Image(encoded=file.getvalue())
+        return digits_pb2.Image(encoded=file.getvalue())
 
-    def decode(self, response: ClassifyResponse) -> list[Digit]:
+    def decode(self, response: digits_pb2.ClassifyResponse) -> list[Digit]:
         return [Digit(digit.digit, list(digit.probabilities)) for digit in response.digits]
 
 
 class DiabetesCodec(Codec[Mapping[str, float | None], Assessment]):
     """tercet.v1.Diabetes; a row maps names of MEASUREMENTS to numbers, without those that were not measured."""
 
-    model, field, rpc, request_type = "diabetes", "patients", (DiabetesStub, "Assess"), AssessRequest
+    model, field, rpc = "diabetes", "patients", (diabetes_pb2_grpc.DiabetesStub, "Assess", diabetes_pb2.AssessRequest)
 
-    def encode(self, where: str, row: Mapping[str, float | None]) -> Patient:
+    def encode(self, where: str, row: Mapping[str, float | None]) -> diabetes_pb2.Patient:
         if not isinstance(row, Mapping):
             raise TypeError(f"{where}: expected a mapping of measurement names to numbers, got {row!r}")
-        patient = Patient()
+        patient = diabetes_pb2.Patient()
         for name, value in row.items():
             if name not in MEASUREMENTS:
                 raise ValueError(f"{where}: unknown measurement {name!r}; expected {', '.join(MEASUREMENTS)}")
@@ -154,61 +144,60 @@ class DiabetesCodec(Codec[Mapping[str, float | None], Assessment]):
                 raise TypeError(f"{where}.{name}: expected a number, got {value!r}; leave out what was not measured") from None
         return patient
 
-    def decode(self, response: AssessResponse) -> list[Assessment]:
+    def decode(self, response: diabetes_pb2.AssessResponse) -> list[Assessment]:
         return [Assessment(assessment.probability, assessment.label) for assessment in response.assessments]
 
 
 class FizzBuzzCodec(Codec[int, Word]):
     """tercet.v1.FizzBuzz; a row is a 64-bit integer."""
 
-    model, field, rpc, request_type = "fizzbuzz", "numbers", (FizzBuzzStub, "Answer"), AnswerRequest
+    model, field, rpc = "fizzbuzz", "numbers", (fizzbuzz_pb2_grpc.FizzBuzzStub, "Answer", fizzbuzz_pb2.AnswerRequest)
 
     def encode(self, where: str, row: int) -> int:
         try:
             number = operator.index(row)
         except TypeError:
             raise TypeError(f"{where}: expected an integer, got {row!r}") from None
-        if number not in INT64:
+        if not -(2**63) <= number < 2**63:
             raise ValueError(f"{where}: expected a 64-bit integer, -2**63 to 2**63 - 1, got {number}")
         return number
 
-    def size(self, encoded: int) -> int:  # noqa: ARG002
+    def size(self, entry: int) -> int:  # noqa: ARG002
         return 10  # the longest varint
 
-    def decode(self, response: AnswerResponse) -> list[Word]:
+    def decode(self, response: fizzbuzz_pb2.AnswerResponse) -> list[Word]:
         return [Word(text, model) for text, model in zip(response.words, response.models, strict=True)]
 
 
 class TensorCodec(Codec[Any, "np.ndarray"]):
     """Any model over the Open Inference Protocol; a row is an array or whatever numpy makes one of."""
 
-    field, rpc = "inputs[0]", (GRPCInferenceServiceStub, "ModelInfer")
+    field, rpc = "inputs[0]", (GRPCInferenceServiceStub, "ModelInfer", oip.ModelInferRequest)
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: oip.ModelConfig) -> None:
         [self._input] = config.input
-        self.model, self._datatype = config.name, DataType.Name(self._input.data_type).removeprefix("TYPE_")
+        self.model, self._datatype = config.name, oip.DataType.Name(self._input.data_type).removeprefix("TYPE_")
         self._shape = tuple(self._input.dims)
 
     def encode(self, where: str, row: Any) -> "np.ndarray":
         return self._array(where, row, self._shape)
 
-    def size(self, encoded: "np.ndarray") -> int:
-        return encoded.nbytes
+    def size(self, entry: "np.ndarray") -> int:
+        return entry.nbytes
 
-    def request(self, encoded: "Sequence[np.ndarray] | np.ndarray") -> ModelInferRequest:
+    def request(self, entries: Any) -> Message:
         import numpy as np  # noqa: PLC0415  the typed codecs work without it, and start sooner
 
-        array = np.asarray(encoded)  # (batch, *shape)
-        request = ModelInferRequest(model_name=self.model, raw_input_contents=[array.tobytes()])
-        request.inputs.add(name=self._input.name, datatype=self._datatype, shape=array.shape)
-        return request
+        array = np.asarray(entries)  # (batch, *shape)
+        tensor = {"name": self._input.name, "datatype": self._datatype, "shape": array.shape}
+        return oip.ModelInferRequest(model_name=self.model, inputs=[tensor], raw_input_contents=[array.tobytes()])
 
-    def decode(self, response: ModelInferResponse) -> "np.ndarray":
+    def decode(self, response: oip.ModelInferResponse) -> "np.ndarray":
         """The output tensor, (batch, *shape)."""
         import numpy as np  # noqa: PLC0415
 
-        output = response.outputs[0]
-        return np.frombuffer(response.raw_output_contents[0], _dtype(output.datatype)).reshape(tuple(output.shape))
+        [output], [content] = response.outputs, response.raw_output_contents
+        return np.frombuffer(content, _dtype(output.datatype)).reshape(tuple(output.shape))
 
     def chunks(self, rows: Any, max_rows: int) -> list[Chunk]:
         array = self._array(self.field, rows, (-1, *self._shape))
@@ -246,36 +235,34 @@ class Chunker:
     """Collects rows one by one into chunks of at most `max_rows` rows and CHUNK_BYTES bytes; a larger row is sent alone."""
 
     def __init__(self, codec: Codec[Any, Any], max_rows: int) -> None:
-        self._codec, self._max_rows = codec, max_rows
-        self._start, self._bytes = 0, 0
-        self._encoded: list[Any] = []
+        self._codec, self._max_rows, self._start = codec, max_rows, 0
+        self._entries: list[Any] = []
+        self._bytes = 0
 
     def add(self, row: Any) -> Chunk | None:
         """Add a row; return the chunk that it completes, or the one that has no room for it."""
-        encoded = self._codec.encode(f"{self._codec.field}[{self._start + len(self._encoded)}]", row)
-        size = self._codec.size(encoded)
+        entry = self._codec.encode(f"{self._codec.field}[{self._start + len(self._entries)}]", row)
+        size = self._codec.size(entry)
         chunk = self.flush() if self._bytes + size > CHUNK_BYTES else None
-        self._encoded.append(encoded)
+        self._entries.append(entry)
         self._bytes += size
-        return self.flush() if len(self._encoded) == self._max_rows else chunk  # never both: max_rows = 1 leaves nothing to flush
+        return self.flush() if len(self._entries) == self._max_rows else chunk  # never both: max_rows = 1 leaves nothing to flush
 
     def flush(self) -> Chunk | None:
-        """Return the rows that are left as a chunk, if there are any."""
-        if not self._encoded:
+        """The rows that are left, if there are any."""
+        if not (entries := self._entries):
             return None
-        chunk = Chunk(self._start, len(self._encoded), self._codec.request(self._encoded))
-        self._start, self._bytes, self._encoded = self._start + chunk.rows, 0, []
+        chunk = Chunk(self._start, len(entries), self._codec.request(entries))
+        self._start, self._bytes, self._entries = self._start + len(entries), 0, []
         return chunk
 
 
 def chunks(codec: Codec[Row, Any], rows: Iterable[Row], max_rows: int) -> Iterator[Chunk]:
     """Chunks of rows, which are read only when a chunk is needed."""
     chunker = Chunker(codec, max_rows)
-    for row in rows:
-        if chunk := chunker.add(row):
-            yield chunk
-    if chunk := chunker.flush():
-        yield chunk
+    yield from filter(None, map(chunker.add, rows))
+    if last := chunker.flush():
+        yield last
 
 
 def stream_limits(max_rows: int, ahead: int) -> tuple[int, int]:
@@ -286,31 +273,24 @@ def stream_limits(max_rows: int, ahead: int) -> tuple[int, int]:
     return min(max_rows, ahead // calls), calls
 
 
-def with_batch_indices(error: Any, codec: Codec[Any, Any], chunk: Chunk) -> grpc.RpcError:
+def with_batch_indices(error: Any, field: str, chunk: Chunk) -> grpc.RpcError:
     """Rewrite the row indices in a chunk's error to refer to the caller's batch, in the text and in google.rpc.BadRequest."""
-    if chunk.start:
-        error = _shifted(error, rf"^({re.escape(codec.field)}\[)(\d+)", chunk.start)
-    error.add_note(f"in a call with {chunk.rows} rows, from row {chunk.start} on")
-    return error  # type: ignore[no-any-return]
-
-
-def _shifted(error: Any, index: str, start: int) -> grpc.aio.AioRpcError:
     from google.rpc.error_details_pb2 import BadRequest  # noqa: PLC0415  only needed here
     from google.rpc.status_pb2 import Status  # noqa: PLC0415
 
     def shift(text: str) -> str:
-        return re.sub(index, lambda match: f"{match[1]}{start + int(match[2])}", text)
+        return re.sub(rf"^({re.escape(field)}\[)(\d+)", lambda match: f"{match[1]}{chunk.start + int(match[2])}", text)
 
-    metadata = grpc.aio.Metadata()
-    for key, value in error.trailing_metadata() or ():
-        if key == "grpc-status-details-bin":
-            status, request = Status.FromString(value), BadRequest()
-            status.message = shift(status.message)
-            for detail in status.details:
-                if detail.Unpack(request):
-                    for violation in request.field_violations:
-                        violation.field = shift(violation.field)
-                    detail.Pack(request)
-            value = status.SerializeToString()  # noqa: PLW2901
-        metadata.add(key, value)
-    return grpc.aio.AioRpcError(error.code(), grpc.aio.Metadata(), metadata, shift(error.details() or ""))
+    if chunk.start:
+        key, request = "grpc-status-details-bin", BadRequest()
+        status = Status.FromString(dict(error.trailing_metadata() or ()).get(key, b""))
+        status.code, status.message = error.code().value[0], shift(error.details() or "")
+        for detail in status.details:
+            if detail.Unpack(request):
+                for violation in request.field_violations:
+                    violation.field = shift(violation.field)
+                detail.Pack(request)
+        trailers = grpc.aio.Metadata((key, status.SerializeToString()))
+        error = grpc.aio.AioRpcError(error.code(), grpc.aio.Metadata(), trailers, status.message)
+    error.add_note(f"in a call with {chunk.rows} rows, from row {chunk.start} on")
+    return error  # type: ignore[no-any-return]
