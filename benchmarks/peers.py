@@ -26,11 +26,11 @@ import click
 import grpc
 import psutil
 from tercet.card import Card, read_card
-from tercet.cli.export_triton import export
 from tercet.proto.inference_pb2 import ModelInferRequest
 from tercet.proto.inference_pb2_grpc import GRPCInferenceServiceStub
 
 from benchmarks.load import ECHO, Load, build_request, compare, drive, free_port, is_correct, pss_megabytes, serve, started, table
+from deploy.triton.export import export
 
 HERE = Path(__file__).parent
 SCRIPTS = HERE / "peers"  # what runs in the environments of the peers

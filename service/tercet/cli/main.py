@@ -1,11 +1,13 @@
 """The command `tercet`: a group whose commands, one module each, are imported when they run."""
 
+import sys
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import click
 
-from tercet.cli.options import errors_as_messages
+from tercet.cli.options import CliError, errors_as_messages, require
 
 COMMANDS = {
     "bench": "Benchmark the service against baselines.",
@@ -18,12 +20,18 @@ COMMANDS = {
     "serve": "Serve the trained models until SIGTERM or Ctrl-C.",
     "sign": "Sign models for `serve --require-signed`.",
 }
+CHECKOUT_COMMANDS = {"bench": "benchmarks.load", "export-triton": "deploy.triton.export"}  # run from a checkout, not installed
 
 
 def load(name: str) -> click.Command:
-    """Import a command."""
-    name = name.replace("-", "_")
-    command: click.Command = getattr(import_module(f"tercet.cli.{name}"), name)
+    """Import a command. Raises CliError for one of CHECKOUT_COMMANDS when the current folder is not a checkout."""
+    module = CHECKOUT_COMMANDS.get(name, f"tercet.cli.{name}")
+    if name in CHECKOUT_COMMANDS:
+        if not Path(f"{module.replace('.', '/')}.py").is_file():
+            raise CliError(f"run `tercet {name}` in a checkout of the repository: there is no {module.replace('.', '/')}.py here")
+        sys.path.append(str(Path.cwd()))
+    with require("serve,bench"):
+        command: click.Command = getattr(import_module(module), name.replace("-", "_"))
     return command
 
 

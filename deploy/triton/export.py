@@ -11,7 +11,6 @@ import shutil
 from pathlib import Path
 
 import click
-
 from tercet.card import Card, Tensor, find_models, is_trained, read_card, verify_file
 from tercet.cli.options import models_option
 from tercet.errors import StartupError
@@ -55,7 +54,7 @@ def export(models: Path, target: Path, backend: str) -> list[str]:
         (files := target / card.name / card.version).mkdir(parents=True)
         (files / "model.onnx").write_bytes(content)
         if backend == "python":
-            shutil.copyfile(Path(__file__).with_name("triton_model.py"), files / "model.py")
+            shutil.copyfile(Path(__file__).with_name("model.py"), files / "model.py")
         (files.parent / "config.pbtxt").write_text(model_config(card, backend))
         if card.labels:
             (files.parent / "labels.txt").write_text("".join(f"{label}\n" for label in card.labels))
