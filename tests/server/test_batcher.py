@@ -5,13 +5,14 @@ import logging
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tercet.card import Rows
-from tercet.errors import InternalError, QueueFullError, QueueTimeoutError, ShuttingDownError
+from tercet.errors import DeadlineExceededError, InternalError, QueueFullError, ShuttingDownError
 from tercet.server.batcher import IDLE_TICKS, Batcher
 
 pytestmark = pytest.mark.timeout(60)  # a request that nobody answers shows as a test that does not end
@@ -94,7 +95,7 @@ def play(scenario: Scenario, **limits: float) -> FakeEngine:
 
     async def main() -> FakeEngine:
         engine = FakeEngine(int(limits.get("inline_rows", 0)))
-        batcher = Batcher(engine.run, **{**LIMITS, **limits})  # type: ignore[arg-type]
+        batcher = Batcher(engine.run, **{**LIMITS, **limits}, telemetry=Mock())  # type: ignore[arg-type]
         try:
             await scenario(batcher, engine)
         finally:
@@ -183,12 +184,12 @@ def test_full_queue_refuses_at_once(inline_rows: int) -> None:
         assert refused.done()
         error = refused.exception()
         assert isinstance(error, QueueFullError)
-        assert error.retry_after > 0
+        assert error.detail
         waiting[0].cancel()
         [late] = await submit(batcher, [14, 15, 16, 17, 18, 19])
         assert not late.done()
         turn_clock(LIMITS["queue_timeout"])
-        assert await outcomes([*waiting, late]) == [asyncio.CancelledError, QueueTimeoutError, QueueTimeoutError]
+        assert await outcomes([*waiting, late]) == [asyncio.CancelledError, DeadlineExceededError, DeadlineExceededError]
         last = await submit(batcher, list(range(20, 32)))
         engine.release()
         assert await outcomes([running, *last]) == [engine.held, [3 * row for row in range(20, 32)]]
@@ -207,7 +208,7 @@ def test_queue_timeout_ends_what_waits(inline_rows: int) -> None:
         turn_clock(40)
         young = await submit(batcher, [7])
         turn_clock(20)
-        assert await outcomes(old) == [QueueTimeoutError, QueueTimeoutError]
+        assert await outcomes(old) == [DeadlineExceededError, DeadlineExceededError]
         assert not running.done()
         engine.release()
         assert await outcomes([running, *young]) == [engine.held, [21]]
@@ -244,7 +245,7 @@ def test_cancelled_as_it_expires(inline_rows: int) -> None:
         await ticks()
         assert tasks[1].done()
         engine.release()
-        assert await outcomes([running, *tasks]) == [engine.held, asyncio.CancelledError, QueueTimeoutError]
+        assert await outcomes([running, *tasks]) == [engine.held, asyncio.CancelledError, DeadlineExceededError]
 
     assert play(scenario, inline_rows=inline_rows).executed == {0}
 
@@ -289,7 +290,7 @@ def test_wrong_answers_are_failures(answer: Callable[[Rows], Rows], inline_rows:
     """An engine that returns more rows, fewer rows or nothing has failed."""
 
     async def main() -> None:
-        batcher = Batcher(answer, **LIMITS, inline_rows=inline_rows)  # type: ignore[arg-type]
+        batcher = Batcher(answer, **LIMITS, inline_rows=inline_rows, telemetry=Mock())  # type: ignore[arg-type]
         assert await outcomes(await submit(batcher, [1, 2])) == [InternalError]
         await batcher.close()
 
@@ -408,7 +409,7 @@ def test_what_leaves_before_its_inline_batch_never_runs(end: str) -> None:
             turn_clock(LIMITS["queue_timeout"])
         else:
             await batcher.close()
-        ended = {"cancel": asyncio.CancelledError, "expire": QueueTimeoutError, "close": ShuttingDownError}[end]
+        ended = {"cancel": asyncio.CancelledError, "expire": DeadlineExceededError, "close": ShuttingDownError}[end]
         assert await outcomes(tasks) == [ended, [6] if end == "cancel" else ended]
         for _ in range(IDLE_TICKS):
             await asyncio.sleep(0)
@@ -425,7 +426,7 @@ def test_models_never_wait_for_each_other(inline_rows: int) -> None:
         running = await engine.hold(batcher)
         waiting = await submit(batcher, [1])
         quick = FakeEngine()
-        other = Batcher(quick.run, **LIMITS, inline_rows=inline_rows)  # type: ignore[arg-type]
+        other = Batcher(quick.run, **LIMITS, inline_rows=inline_rows, telemetry=Mock())  # type: ignore[arg-type]
         for rows in ([5], [6, 7, 8, 9]):
             assert await outcomes(await submit(other, rows)) == [[3 * row for row in rows]]
         assert quick.inline == [inline_rows > 0, False]

@@ -5,6 +5,7 @@ import os
 import sys
 from itertools import cycle
 from pathlib import Path
+from unittest.mock import Mock
 
 import msgspec
 import numpy as np
@@ -20,7 +21,7 @@ from tercet.server.engine import (
     MIN_CALIBRATION_ROWS,
     BatchLimits,
     Engine,
-    _log_device_once,
+    _log_once,
     calibrate_batch_size,
     load_engine,
 )
@@ -30,33 +31,18 @@ from tests.conftest import BIN, REPOSITORY, run, serving
 from tests.server.support import answers, refusal
 
 
-class FakeEngine:
-    """Records the size of every batch."""
-
-    platform = "fake"
-    name = "fake 1"
-
-    def __init__(self, device: str = "cpu") -> None:
-        self.device = device
-        self.sizes: list[int] = []
-
-    def run(self, rows: Rows) -> Rows:
-        """(n, 3) -> (n, 3)."""
-        self.sizes.append(len(rows))
-        return rows
-
-
 def calibrated(monkeypatch: pytest.MonkeyPatch, most: int, per_row: float, device: str = "cpu") -> tuple[BatchLimits, list[int]]:
     """The limits, and the sizes tried, when a row takes `per_row` seconds and every other run is five times slower."""
 
-    def seconds(engine: Engine, batch: Rows) -> float:
-        return len(engine.run(batch)) * per_row * next(noise)
+    def seconds(_engine: Engine, batch: Rows) -> float:
+        sizes.add(len(batch))
+        return len(batch) * per_row * next(noise)
 
-    noise = cycle([1, 5])
+    noise, sizes = cycle([1, 5]), set[int]()
     monkeypatch.setattr("tercet.server.engine._run_seconds", seconds)
-    engine = FakeEngine(device)
+    engine = Engine(run=Mock(), name="fake 1", platform="fake", device=device)
     limits = calibrate_batch_size(engine, np.zeros((5, 3)), most)
-    return limits, sorted(set(engine.sizes))
+    return limits, sorted(sizes)
 
 
 @pytest.mark.parametrize("factor", [1, 2, 8])
@@ -110,7 +96,7 @@ def test_onnxruntime_keeps_to_itself(tmp_path: Path) -> None:
 def test_the_device_is_logged_once(workspace: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The device and its reason are logged once for all models."""
     caplog.set_level(logging.INFO)
-    _log_device_once.cache_clear()
+    _log_once.cache_clear()
     for name in ("diabetes", "fizzbuzz"):
         folder = workspace / "models" / name
         load_engine(folder, read_card(folder), Config())

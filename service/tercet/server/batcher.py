@@ -11,12 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 from threading import Lock
-from typing import Protocol
 
 import numpy as np
 
 from tercet.card import Rows
-from tercet.errors import InternalError, QueueFullError, QueueTimeoutError, ShuttingDownError
+from tercet.errors import DeadlineExceededError, InternalError, QueueFullError, ServiceError, ShuttingDownError
+from tercet.server.telemetry import ModelTelemetry
 
 EAGER_START_REQUESTS = 32  # start at once with this many: more do not make a batch cheaper, they only crowd the cache
 IDLE_TICKS = 24  # iterations of the event loop without a new request before a short batch starts; gRPC needs a few per call
@@ -31,20 +31,7 @@ class _Entry:
     future: asyncio.Future[Rows]
     arrived: float  # seconds on the loop's clock, which may be coarse
     enqueued: float = field(default_factory=time.perf_counter)
-    context: Context | None = None  # of the caller, for `trace`
-
-
-class BatchRecorder(Protocol):
-    """Records what a batcher does."""
-
-    def queue_depth(self, rows: int, /) -> None:
-        """Record how many rows are waiting now."""
-
-    def request_waited(self, seconds: float, /) -> None:
-        """Record how long a request waited for its batch."""
-
-    def batch_ran(self, rows: int, requests: int, seconds: float, /) -> None:
-        """Record a batch. Called from the engine's thread, too."""
+    context: Context = field(default_factory=copy_context)  # of the caller, for `trace`
 
 
 class Batcher:
@@ -57,9 +44,9 @@ class Batcher:
         max_batch_rows: int,
         max_queue_rows: int,
         queue_timeout: float,
+        telemetry: ModelTelemetry,
         max_delay: float = 0.0,
         inline_rows: int = 0,
-        recorder: BatchRecorder | None = None,
         trace: Callable[[float, float, float], None] | None = None,
     ) -> None:
         """`run` maps (batch, ...) to (batch, ...); it gets one batch at a time, of at most `max_batch_rows` rows.
@@ -74,7 +61,7 @@ class Batcher:
         self._run = run
         self._max_batch_rows, self._inline_rows = max_batch_rows, inline_rows
         self._max_queue_rows, self._queue_timeout, self.max_delay = max_queue_rows, queue_timeout, max_delay
-        self._recorder, self._trace = recorder, trace
+        self._telemetry, self._trace = telemetry, trace
         self._lock = Lock()  # guards the queue, which the thread takes from too
         self._queue: deque[_Entry] = deque()
         self._waiting_rows = 0
@@ -90,7 +77,7 @@ class Batcher:
         """Run `rows`, (n, ...), and return (n, ...). A request larger than a batch is split.
 
         Rows that are still waiting when the caller is cancelled are never run. Raises QueueFullError at once when there is no room,
-        QueueTimeoutError when the rows have waited too long, ShuttingDownError after `close`, InternalError when `run` failed.
+        DeadlineExceededError when the rows have waited too long, ShuttingDownError after `close`, InternalError when `run` failed.
         """
         if self._closed:
             raise ShuttingDownError
@@ -124,9 +111,7 @@ class Batcher:
         with self._lock:
             waiting = list(self._queue)
             self._queue.clear()
-        for entry in waiting:
-            if not entry.future.done():
-                entry.future.set_exception(ShuttingDownError())
+        _fail(waiting, ShuttingDownError())
         for handle in (self._expiry, self._next_start):
             if handle:
                 handle.cancel()
@@ -138,14 +123,12 @@ class Batcher:
         """Queue at most one batch of rows and make sure that a batch will start."""
         loop = asyncio.get_running_loop()
         entry = _Entry(rows, loop.create_future(), loop.time())
-        if self._trace:
-            entry.context = copy_context()
         with self._lock:
             self._queue.append(entry)
             self._waiting_rows += len(rows)
-        if self._recorder and self._thread_work:  # otherwise they leave the queue at once
-            self._recorder.queue_depth(self._waiting_rows)
-        if self._thread_work is None:
+        if self._thread_work:  # otherwise they leave the queue at once
+            self._telemetry.queue_depth(self._waiting_rows)
+        else:
             if self._next_start and self._waiting_rows >= self._max_batch_rows:  # the batch is full: do not wait for more
                 self._next_start.cancel()
                 self._next_start = None
@@ -179,10 +162,9 @@ class Batcher:
                 overdue.append(self._pop())
             if self._queue:
                 self._expiry = loop.call_at(self._queue[0].arrived + self._queue_timeout, self._expire)
-        message = f"the request was not started within {self._queue_timeout:g} s, the limit of the queue"
-        for entry in overdue:
-            if not entry.future.done():
-                entry.future.set_exception(QueueTimeoutError(message))
+        _fail(
+            overdue, DeadlineExceededError(f"the request was not started within {self._queue_timeout:g} s, the limit of the queue")
+        )
 
     def _tick(self) -> None:
         """Start a batch for the thread at once, a short one when no more requests arrive, and neither before `max_delay`."""
@@ -209,14 +191,14 @@ class Batcher:
             self._thread_work = loop.run_in_executor(self._executor, self._run_in_thread, batch, loop)
             self._thread_work.add_done_callback(self._thread_finished)
         elif batch:
-            self._deliver(batch, self._run_batch(batch))
+            _deliver(batch, self._run_batch(batch))
             if self._queue:
                 self._next_start = asyncio.get_running_loop().call_soon(self._tick)
 
     def _run_in_thread(self, batch: list[_Entry], loop: asyncio.AbstractEventLoop) -> None:
         """Run this batch, and then the next ones for as long as more rows wait than would run on the loop."""
         while batch:
-            loop.call_soon_threadsafe(self._deliver, batch, self._run_batch(batch))
+            loop.call_soon_threadsafe(_deliver, batch, self._run_batch(batch))
             min_rows = self._max_batch_rows if self.max_delay else self._inline_rows + 1
             batch = self._take_batch() if self._waiting_rows >= min_rows else []
 
@@ -236,11 +218,10 @@ class Batcher:
                 if not entry.future.done():  # otherwise it has just been cancelled
                     batch.append(entry)
                     room -= len(entry.rows)
-        if self._recorder:
-            now = time.perf_counter()
-            self._recorder.queue_depth(self._waiting_rows)
-            for entry in batch:
-                self._recorder.request_waited(now - entry.enqueued)
+        now = time.perf_counter()
+        self._telemetry.queue_depth(self._waiting_rows)
+        for entry in batch:
+            self._telemetry.request_waited(now - entry.enqueued)
         return batch
 
     def _run_batch(self, batch: list[_Entry]) -> Rows | InternalError:
@@ -255,23 +236,27 @@ class Batcher:
             return InternalError(error)
         seconds = time.perf_counter() - started
         self._seconds_per_row = seconds / len(rows)
-        if self._recorder:
-            self._recorder.batch_ran(len(rows), len(batch), seconds)
+        self._telemetry.batch_ran(len(rows), len(batch), seconds)
         if self._trace:
             for entry in batch:
-                if entry.context:
-                    entry.context.run(self._trace, entry.enqueued, started, started + seconds)
+                entry.context.run(self._trace, entry.enqueued, started, started + seconds)
         return output
 
-    def _deliver(self, batch: list[_Entry], output: Rows | InternalError) -> None:
-        """Give each request its rows of the output, or the error."""
-        start = 0
-        for entry in batch:
-            stop = start + len(entry.rows)
-            if entry.future.done():  # the caller has left
-                pass
-            elif isinstance(output, InternalError):
-                entry.future.set_exception(output)
-            else:
-                entry.future.set_result(output[start:stop])
-            start = stop
+
+def _deliver(batch: list[_Entry], output: Rows | InternalError) -> None:
+    """Give each request its rows of the output, or the error."""
+    if isinstance(output, InternalError):
+        _fail(batch, output)
+        return
+    start = 0
+    for entry in batch:
+        stop = start + len(entry.rows)
+        if not entry.future.done():  # otherwise the caller has left
+            entry.future.set_result(output[start:stop])
+        start = stop
+
+
+def _fail(entries: list[_Entry], error: ServiceError) -> None:
+    for entry in entries:
+        if not entry.future.done():
+            entry.future.set_exception(error)

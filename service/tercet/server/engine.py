@@ -6,9 +6,10 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from tercet.errors import StartupError
 from tercet.server.config import Config
 
 log = logging.getLogger(__name__)
+_log_once = cache(log.info)  # all models have the same engine
 
 MIN_CALIBRATION_ROWS = 32  # the first batch size that `calibrate_batch_size` tries
 MIN_BATCH_SECONDS = 2e-3  # starting a batch takes about 5 % of this
@@ -25,69 +27,53 @@ YIELD_SECONDS = 1e-3  # sleep before each step of loading, for the event loop of
 TOLERANCE = 1e-4  # relative and absolute difference from the outputs in the card; devices and versions differ in the last digits
 
 
-class Engine(Protocol):
-    """Runs one model."""
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """Runs one model: `run` maps (batch, *input shape) to (batch, *output shape), both as the model's card describes them."""
 
-    platform: str  # as the Open Inference Protocol names it
+    run: Callable[[Rows], Rows]
     name: str  # with its version: onnxruntime 1.31.1
+    platform: str  # as the Open Inference Protocol names it
     device: str  # cpu or cuda
-
-    def run(self, rows: Rows) -> Rows:
-        """(batch, *input shape) -> (batch, *output shape), both as the model's card describes them."""
+    reason: str = ""  # why it runs on this device
 
 
-@cache
-def _log_device_once(name: str, device: str, reason: str) -> None:
-    """Log the device that an engine runs on, and why; once, not for each model."""
-    log.info("%s on %s: %s", name, device, reason)
+def load_onnx(folder: Path, card: Card, config: Config) -> Engine:
+    """Load model.onnx with onnxruntime; on CUDA when that loads. Raises StartupError when it does not match the card."""
+    import onnxruntime as ort  # noqa: PLC0415  the torch engine works without it
 
+    path, content = folder / "model.onnx", verify_file(folder, card, "model.onnx")
+    try_cuda, reason = _cuda_for_onnxruntime(config.device)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = config.threads
+    options.inter_op_num_threads = 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", "/dev/null")  # no external data
+    options.log_severity_level = 3
+    providers = ["CUDAExecutionProvider"] * try_cuda + ["CPUExecutionProvider"]
+    try:
+        session = ort.InferenceSession(content, options, providers=providers)
+    except Exception as error:  # onnxruntime's exceptions share no base class
+        raise StartupError(f"onnxruntime cannot load {path}: {error}") from error
+    _check_graph(path, "input", session.get_inputs(), card.input)
+    _check_graph(path, "output", session.get_outputs(), card.output)
+    device = "cuda" if session.get_providers()[0] == "CUDAExecutionProvider" else "cpu"
+    if try_cuda and device == "cpu":
+        reason = "its CUDA provider did not load; pip install '.[cuda]' installs the libraries that it needs"
+    outputs, name = [card.output.name], card.input.name
 
-class OnnxEngine:
-    """Runs model.onnx with onnxruntime; on CUDA when that loads."""
-
-    platform = "onnxruntime_onnx"
-
-    def __init__(self, folder: Path, card: Card, config: Config) -> None:
-        """Raise StartupError when the file cannot be loaded, does not match the card, or CUDA is required and does not load."""
-        try:
-            import onnxruntime as ort  # noqa: PLC0415  the torch engine works without it
-        except ImportError as error:
-            raise StartupError(f"the onnxruntime engine needs onnxruntime: pip install '.[serve]' ({error})") from error
-        path, content = folder / "model.onnx", verify_file(folder, card, "model.onnx")
-        try_cuda, reason = _cuda_for_onnxruntime(config.device)
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = config.threads
-        options.inter_op_num_threads = 1
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", "/dev/null")  # no external data
-        options.log_severity_level = 3
-        providers = ["CUDAExecutionProvider"] * try_cuda + ["CPUExecutionProvider"]
-        try:
-            self._session = ort.InferenceSession(content, options, providers=providers)
-        except Exception as error:  # onnxruntime's exceptions share no base class
-            raise StartupError(f"onnxruntime cannot load {path}: {error}") from error
-        _check_graph(path, "input", self._session.get_inputs(), card.input)
-        _check_graph(path, "output", self._session.get_outputs(), card.output)
-        self.device = "cuda" if self._session.get_providers()[0] == "CUDAExecutionProvider" else "cpu"
-        if try_cuda and self.device == "cpu":
-            reason = "its CUDA provider did not load; pip install '.[cuda]' installs the libraries that it needs"
-        if config.device == "cuda" and self.device == "cpu":
-            raise StartupError(f"--device cuda: onnxruntime cannot use CUDA: {reason}")
-        self.name = f"onnxruntime {ort.__version__}"
-        _log_device_once(self.name, self.device, reason)
-        self._outputs, self._input = [card.output.name], card.input.name
-
-    def run(self, rows: Rows) -> Rows:
-        output: Rows = self._session.run(self._outputs, {self._input: rows})[0]
+    def run(rows: Rows) -> Rows:
+        output: Rows = session.run(outputs, {name: rows})[0]
         return output
+
+    return Engine(run=run, name=f"onnxruntime {ort.__version__}", platform="onnxruntime_onnx", device=device, reason=reason)
 
 
 def _check_graph(path: Path, kind: str, tensors: Sequence[Any], expected: Tensor) -> None:
     """Raise StartupError unless a graph's inputs, or its outputs, are the card's one tensor with a batch axis of any size."""
     shape = (None, *expected.shape)
     matches = [
-        (tensor.name, tensor.type) == (expected.name, DATATYPES[expected.datatype].onnx_type)
-        and len(tensor.shape) == len(shape)
+        (tensor.name, tensor.type, len(tensor.shape)) == (expected.name, DATATYPES[expected.datatype].onnx_type, len(shape))
         and all(size == right or isinstance(size, str | None) for size, right in zip(tensor.shape, shape, strict=True))
         for tensor in tensors
     ]
@@ -114,39 +100,29 @@ def _cuda_for_onnxruntime(device: str) -> tuple[bool, str]:
     return True, "there is an NVIDIA driver"
 
 
-class TorchEngine:
-    """Runs model.pt with the model's network.py, which it imports from the checkout."""
+def load_torch(folder: Path, card: Card, config: Config) -> Engine:
+    """Load model.pt into the model's network.py, from the checkout. Raises StartupError when the weights do not fit the network."""
+    import torch  # noqa: PLC0415  the onnxruntime engine works without it
 
-    platform = "pytorch_libtorch"
+    gpu = torch.cuda.is_available()
+    device = "cuda" if gpu and config.device != "cpu" else "cpu"
+    reason = "as configured" if config.device == "cpu" else f"torch sees {'a' if gpu else 'no'} GPU"
+    torch.set_num_threads(config.threads)
+    build = _import_build(folder.parent)
+    content = verify_file(folder, card, "model.pt")
+    try:
+        network = build(card.name, card.params["train"].get("network", {}))
+        network.load_state_dict(torch.load(io.BytesIO(content), weights_only=True))
+    except Exception as error:  # torch raises exceptions of any kind for a damaged file
+        raise StartupError(f"{folder / 'model.pt'} does not fit models/{card.name}/network.py: {error}") from error
+    network = network.eval().to(device)
 
-    def __init__(self, folder: Path, card: Card, config: Config) -> None:
-        """Raise StartupError when torch is missing, the weights do not fit the network, or CUDA is required and not available."""
-        try:
-            import torch  # noqa: PLC0415  the onnxruntime engine works without it
-        except ImportError as error:
-            raise StartupError(f"the torch engine needs torch: pip install '.[torch]' ({error})") from error
-        gpu = torch.cuda.is_available()
-        if config.device == "cuda" and not gpu:
-            raise StartupError("--device cuda: torch sees no GPU")
-        self._torch = torch
-        self.device = "cuda" if gpu and config.device != "cpu" else "cpu"
-        torch.set_num_threads(config.threads)
-        build = _import_build(folder.parent)
-        content = verify_file(folder, card, "model.pt")
-        try:
-            network = build(card.name, card.params["train"].get("network", {}))
-            network.load_state_dict(torch.load(io.BytesIO(content), weights_only=True))
-        except Exception as error:  # torch raises exceptions of any kind for a damaged file
-            raise StartupError(f"{folder / 'model.pt'} does not fit models/{card.name}/network.py: {error}") from error
-        self._network = network.eval().to(self.device)
-        reason = f"torch sees {'a' if gpu else 'no'} GPU" if config.device == "auto" else "as configured"
-        self.name = f"torch {torch.__version__}"
-        _log_device_once(self.name, self.device, reason)
-
-    def run(self, rows: Rows) -> Rows:
-        with self._torch.inference_mode():
-            output: Rows = self._network(self._torch.tensor(rows, device=self.device)).cpu().numpy()
+    def run(rows: Rows) -> Rows:
+        with torch.inference_mode():
+            output: Rows = network(torch.tensor(rows, device=device)).cpu().numpy()
         return output
+
+    return Engine(run=run, name=f"torch {torch.__version__}", platform="pytorch_libtorch", device=device, reason=reason)
 
 
 def _import_build(models_folder: Path) -> Callable[..., Any]:
@@ -163,16 +139,23 @@ def _import_build(models_folder: Path) -> Callable[..., Any]:
     return build
 
 
-ENGINES: dict[str, type[OnnxEngine | TorchEngine]] = {"onnxruntime": OnnxEngine, "torch": TorchEngine}
+ENGINES = {"onnxruntime": (load_onnx, "serve"), "torch": (load_torch, "torch")}  # with the extra that it needs
 
 
 def load_engine(folder: Path, card: Card, config: Config) -> Engine:
     """Load a trained model, warm it up with the card's examples, and check that it returns the outputs in the card.
 
-    Raises StartupError when it cannot be loaded or returns other outputs.
+    Raises StartupError when it cannot be loaded, returns other outputs, or CUDA is required and not available.
     """
+    load, extra = ENGINES[config.engine]
     time.sleep(YIELD_SECONDS)
-    engine = ENGINES[config.engine](folder, card, config)
+    try:
+        engine = load(folder, card, config)
+    except ImportError as error:
+        raise StartupError(f"the {config.engine} engine needs {config.engine}: pip install '.[{extra}]' ({error})") from error
+    if config.device == "cuda" and engine.device == "cpu":
+        raise StartupError(f"--device cuda: {engine.name} cannot use CUDA: {engine.reason}")
+    _log_once(f"{engine.name} on {engine.device}: {engine.reason}")
     time.sleep(YIELD_SECONDS)
     try:
         for rows in (card.example_rows()[:1], card.example_rows()):

@@ -12,7 +12,7 @@ from typing import Any, Generic, Literal, TypeVar
 import grpc
 from grpc_health.v1 import health
 
-from tercet.card import SIGNATURE, read_card, verify_file
+from tercet.card import SIGNATURE, fingerprint, read_card, verify_file
 from tercet.errors import StartupError, UnauthenticatedError
 from tercet.server.config import Config
 from tercet.server.rpc import abort_call
@@ -28,12 +28,12 @@ class ReloadingFile(Generic[T]):
     def __init__(self, paths: Sequence[Path], parse: Callable[[], T]) -> None:
         """Raise the StartupError of `parse`."""
         self._paths, self._parse = paths, parse
-        self._fingerprints = [_fingerprint(path) for path in paths]
+        self._fingerprints = [fingerprint(path) for path in paths]
         self.value = parse()
 
     def refresh(self) -> bool:
         """Look at the files. Returns whether there is a new value."""
-        current = [_fingerprint(path) for path in self._paths]
+        current = [fingerprint(path) for path in self._paths]
         if current == self._fingerprints:
             return False
         self._fingerprints = current
@@ -44,15 +44,6 @@ class ReloadingFile(Generic[T]):
             return False
         log.info("reloaded %s", ", ".join(map(str, self._paths)))
         return True
-
-
-def _fingerprint(path: Path) -> tuple[int, int, int] | None:
-    """Modification time, size and inode of a file; None when it is missing."""
-    try:
-        stat = path.stat()
-    except OSError:
-        return None
-    return stat.st_mtime_ns, stat.st_size, stat.st_ino
 
 
 class BearerTokens(grpc.aio.ServerInterceptor):
