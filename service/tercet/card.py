@@ -1,7 +1,8 @@
 """The model card: the contract, metrics and origin of a trained model, as `export` writes them to card.json next to model.onnx."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from tercet.errors import InvalidInputError, StartupError
 
 Rows = NDArray[Any]
+Fingerprint = tuple[tuple[int, int, int], ...]  # of each file: modification time, size, inode
 
 
 class Datatype(NamedTuple):
@@ -143,16 +145,13 @@ class Card(Contract, frozen=True, kw_only=True):
         return np.array([example.input for example in self.examples], dtype=self.input.dtype)
 
 
-Fingerprint = tuple[int, int, int] | None
-
-
-def fingerprint(path: Path) -> Fingerprint:
-    """A value that changes when a file is replaced or written to: modification time, size and inode; None when it is missing."""
-    try:
-        stat = path.stat()
-    except OSError:
-        return None
-    return stat.st_mtime_ns, stat.st_size, stat.st_ino
+def fingerprint(paths: Iterable[Path]) -> Fingerprint:
+    """A value that changes when one of the files is replaced, written to or removed."""
+    stats = []
+    for path in paths:
+        with suppress(OSError):
+            stats.append(path.stat())
+    return tuple((stat.st_mtime_ns, stat.st_size, stat.st_ino) for stat in stats)
 
 
 def find_models(folder: Path) -> list[str]:

@@ -32,10 +32,10 @@ MAX_FIELD_BYTES = 200
 
 def shorten(text: str, max_bytes: int) -> str:
     """Cut the middle out of a text of more than `max_bytes` bytes: it may quote a request of any length."""
-    start, end = (part.encode(errors="replace") for part in (text[: 2 * max_bytes], text[-2 * max_bytes :]))
-    if len(text) <= max_bytes and len(start) <= max_bytes:
+    content = text.encode(errors="replace")
+    if len(content) <= max_bytes:
         return text
-    return f"{start[: max_bytes * 2 // 3].decode(errors='ignore')} ... {end[-max_bytes // 3 :].decode(errors='ignore')}"
+    return f"{content[: max_bytes * 2 // 3].decode(errors='ignore')} ... {content[-max_bytes // 3 :].decode(errors='ignore')}"
 
 
 class StartupError(Exception):

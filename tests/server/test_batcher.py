@@ -14,11 +14,13 @@ from hypothesis import strategies as st
 from tercet.card import Rows
 from tercet.errors import DeadlineExceededError, InternalError, QueueFullError, ShuttingDownError
 from tercet.server.batcher import IDLE_TICKS, Batcher
+from tercet.server.config import Config
+from tercet.server.engine import Engine
 
 pytestmark = pytest.mark.timeout(60)  # a request that nobody answers shows as a test that does not end
 
 POISON = -1  # the engine fails on a batch that holds it
-LIMITS = {"max_batch_rows": 4, "max_queue_rows": 12, "queue_timeout": 60.0}
+LIMITS: dict[str, Any] = {"max_queue_rows": 12, "max_request_rows": 12, "queue_timeout": 60.0}
 both = pytest.mark.parametrize("inline_rows", [0, 3])  # every batch in the thread, or only the full ones
 
 
@@ -87,15 +89,25 @@ def turn_clock(seconds: float) -> None:
     loop.time = lambda: now  # type: ignore[method-assign]
 
 
+def make_engine(run: Callable[[Rows], Rows], max_batch_rows: int, inline_rows: int = 0) -> Engine:
+    """An engine with these limits."""
+    return Engine(run=run, name="fake 1", platform="fake", device="cpu", max_batch_rows=max_batch_rows, inline_rows=inline_rows)
+
+
+def make_batcher(run: Callable[[Rows], Rows], max_batch_rows: int = 4, inline_rows: int = 0, **settings: Any) -> Batcher:
+    """A batcher that records nothing."""
+    return Batcher(make_engine(run, max_batch_rows, inline_rows), Config(**{**LIMITS, **settings}), Mock())
+
+
 Scenario = Callable[[Batcher, FakeEngine], Coroutine[Any, Any, None]]
 
 
-def play(scenario: Scenario, **limits: float) -> FakeEngine:
+def play(scenario: Scenario, **limits: Any) -> FakeEngine:
     """Run a scenario with a new batcher and engine in a new event loop, and close them."""
 
     async def main() -> FakeEngine:
         engine = FakeEngine(int(limits.get("inline_rows", 0)))
-        batcher = Batcher(engine.run, **{**LIMITS, **limits}, telemetry=Mock())  # type: ignore[arg-type]
+        batcher = make_batcher(engine.run, **limits)
         try:
             await scenario(batcher, engine)
         finally:
@@ -290,7 +302,7 @@ def test_wrong_answers_are_failures(answer: Callable[[Rows], Rows], inline_rows:
     """An engine that returns more rows, fewer rows or nothing has failed."""
 
     async def main() -> None:
-        batcher = Batcher(answer, **LIMITS, inline_rows=inline_rows, telemetry=Mock())  # type: ignore[arg-type]
+        batcher = make_batcher(answer, inline_rows=inline_rows)
         assert await outcomes(await submit(batcher, [1, 2])) == [InternalError]
         await batcher.close()
 
@@ -324,7 +336,7 @@ def test_replace_engine(max_batch_rows: int, inline_rows: int) -> None:
     async def scenario(batcher: Batcher, engine: FakeEngine) -> None:
         running = await engine.hold(batcher)
         waiting = await submit(batcher, [1], [2, 3], [4, 5, 6, 7])
-        batcher.replace_engine(lambda rows: new.run(rows) + 1, max_batch_rows=max_batch_rows, inline_rows=inline_rows)
+        batcher.engine = make_engine(lambda rows: new.run(rows) + 1, max_batch_rows, inline_rows)
         waiting += await submit(batcher, [8])
         assert new.batches == []
         engine.release()
@@ -341,7 +353,7 @@ def test_take_over_of_an_idle_engine(inline_rows: int) -> None:
     new = FakeEngine()
 
     async def scenario(batcher: Batcher, _engine: FakeEngine) -> None:
-        batcher.replace_engine(new.run, max_batch_rows=2, inline_rows=0)
+        batcher.engine = make_engine(new.run, 2)
         assert await outcomes(await submit(batcher, [1, 2, 3, 4, 5])) == [[3, 6, 9, 12, 15]]
 
     assert play(scenario, inline_rows=inline_rows).batches == []
@@ -426,7 +438,7 @@ def test_models_never_wait_for_each_other(inline_rows: int) -> None:
         running = await engine.hold(batcher)
         waiting = await submit(batcher, [1])
         quick = FakeEngine()
-        other = Batcher(quick.run, **LIMITS, inline_rows=inline_rows, telemetry=Mock())  # type: ignore[arg-type]
+        other = make_batcher(quick.run, inline_rows=inline_rows)
         for rows in ([5], [6, 7, 8, 9]):
             assert await outcomes(await submit(other, rows)) == [[3 * row for row in rows]]
         assert quick.inline == [inline_rows > 0, False]

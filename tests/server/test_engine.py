@@ -3,9 +3,9 @@
 import logging
 import os
 import sys
-from itertools import cycle
+from collections.abc import Callable
 from pathlib import Path
-from unittest.mock import Mock
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -19,10 +19,9 @@ from tercet.server.engine import (
     MAX_INLINE_SECONDS,
     MIN_BATCH_SECONDS,
     MIN_CALIBRATION_ROWS,
-    BatchLimits,
     Engine,
     _log_once,
-    calibrate_batch_size,
+    calibrate,
     load_engine,
 )
 
@@ -31,34 +30,36 @@ from tests.conftest import BIN, REPOSITORY, run, serving
 from tests.server.support import answers, refusal
 
 
-def calibrated(monkeypatch: pytest.MonkeyPatch, most: int, per_row: float, device: str = "cpu") -> tuple[BatchLimits, list[int]]:
-    """The limits, and the sizes tried, when a row takes `per_row` seconds and every other run is five times slower."""
+def calibrated(monkeypatch: pytest.MonkeyPatch, most: int, per_row: float, device: str = "cpu") -> tuple[Engine, list[int]]:
+    """The engine with limits, and the sizes tried, when a row takes `per_row` seconds and every other run is five times slower."""
+    sizes = []
 
-    def seconds(_engine: Engine, batch: Rows) -> float:
-        sizes.add(len(batch))
-        return len(batch) * per_row * next(noise)
+    def run(rows: Rows) -> Rows:
+        sizes.append(len(rows))
+        return rows
 
-    noise, sizes = cycle([1, 5]), set[int]()
-    monkeypatch.setattr("tercet.server.engine._run_seconds", seconds)
-    engine = Engine(run=Mock(), name="fake 1", platform="fake", device=device)
-    limits = calibrate_batch_size(engine, np.zeros((5, 3)), most)
-    return limits, sorted(sizes)
+    def repeat(run: Callable[[], Rows], _pause: Any, *, repeat: int, number: int) -> list[float]:
+        return [len(run()) * per_row * factor for factor in (1, 5, 1)][: repeat * number]
+
+    monkeypatch.setattr("timeit.repeat", repeat)
+    engine = Engine(run=run, name="fake 1", platform="fake", device=device)
+    return calibrate(engine, np.zeros((5, 3)), most), sizes
 
 
 @pytest.mark.parametrize("factor", [1, 2, 8])
 def test_smallest_batch_that_takes_long_enough(monkeypatch: pytest.MonkeyPatch, factor: int) -> None:
     """The first of the doubled sizes is chosen at which the best run takes MIN_BATCH_SECONDS, and no larger one is tried."""
     rows = factor * MIN_CALIBRATION_ROWS
-    limits, sizes = calibrated(monkeypatch, 1024, 1.01 * MIN_BATCH_SECONDS / rows)
-    assert (limits.max_batch_rows, sizes[-1]) == (rows, rows)
+    engine, sizes = calibrated(monkeypatch, 1024, 1.01 * MIN_BATCH_SECONDS / rows)
+    assert (engine.max_batch_rows, sizes[-1]) == (rows, rows)
     assert calibrated(monkeypatch, 1024, 0.99 * MIN_BATCH_SECONDS / rows)[0].max_batch_rows == 2 * rows
 
 
 @pytest.mark.parametrize("most", [1, 7, 32, 100, 128])
 def test_no_batch_is_larger_than_allowed(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
     """When even the largest allowed batch is fast, it is chosen, and no larger one is tried."""
-    limits, sizes = calibrated(monkeypatch, most, 1e-9)
-    assert (limits.max_batch_rows, sizes[-1]) == (most, most)
+    engine, sizes = calibrated(monkeypatch, most, 1e-9)
+    assert (engine.max_batch_rows, sizes[-1]) == (most, most)
 
 
 @pytest.mark.parametrize("per_row", [1e-6, 1e-2])

@@ -16,11 +16,15 @@ import numpy as np
 
 from tercet.card import Rows
 from tercet.errors import DeadlineExceededError, InternalError, QueueFullError, ServiceError, ShuttingDownError
+from tercet.server.config import Config
+from tercet.server.engine import Engine
 from tercet.server.telemetry import ModelTelemetry
 
 EAGER_START_REQUESTS = 32  # start at once with this many: more do not make a batch cheaper, they only crowd the cache
 IDLE_TICKS = 24  # iterations of the event loop without a new request before a short batch starts; gRPC needs a few per call
 MIN_RETRY_SECONDS = 0.001  # what a full queue asks for at least
+
+Trace = Callable[[float, float, float], None]
 
 
 @dataclass(eq=False, slots=True)
@@ -37,31 +41,16 @@ class _Entry:
 class Batcher:
     """The queue of one model. Use it from one event loop."""
 
-    def __init__(
-        self,
-        run: Callable[[Rows], Rows],
-        *,
-        max_batch_rows: int,
-        max_queue_rows: int,
-        queue_timeout: float,
-        telemetry: ModelTelemetry,
-        max_delay: float = 0.0,
-        inline_rows: int = 0,
-        trace: Callable[[float, float, float], None] | None = None,
-    ) -> None:
-        """`run` maps (batch, ...) to (batch, ...); it gets one batch at a time, of at most `max_batch_rows` rows.
+    def __init__(self, engine: Engine, config: Config, telemetry: ModelTelemetry, trace: Trace | None = None) -> None:
+        """`engine` may be replaced at any time; the new one runs from the next batch on.
 
-        Batches of up to `inline_rows` rows are so fast that they run on the event loop; larger ones run in a thread while requests
-        gather. The thread takes its next batch by itself, so the engine never waits for the loop.
-        At most `max_queue_rows` rows wait, each for at most `queue_timeout` seconds. An idle engine waits up to `max_delay` seconds
-        for more rows.
+        Batches of up to `engine.inline_rows` rows are so fast that they run on the event loop; larger ones run in a thread while
+        requests gather. The thread takes its next batch by itself, so the engine never waits for the loop.
         `trace` is called in the context of each request that ran, with three times of time.perf_counter: its arrival, and the start
         and end of its batch.
         """
-        self._run = run
-        self._max_batch_rows, self._inline_rows = max_batch_rows, inline_rows
-        self._max_queue_rows, self._queue_timeout, self.max_delay = max_queue_rows, queue_timeout, max_delay
-        self._telemetry, self._trace = telemetry, trace
+        self.engine, self._telemetry, self._trace = engine, telemetry, trace
+        self._max_queue_rows, self._queue_timeout, self._max_delay = config.max_queue_rows, config.queue_timeout, config.max_delay
         self._lock = Lock()  # guards the queue, which the thread takes from too
         self._queue: deque[_Entry] = deque()
         self._waiting_rows = 0
@@ -84,7 +73,8 @@ class Batcher:
         if self._waiting_rows + len(rows) > self._max_queue_rows:
             retry_after = max(MIN_RETRY_SECONDS, self._waiting_rows * self._seconds_per_row)
             raise QueueFullError(self._waiting_rows, self._max_queue_rows, round(retry_after, 3))
-        parts = [self._enqueue(rows[i : i + self._max_batch_rows]) for i in range(0, len(rows), self._max_batch_rows)]
+        size = self.engine.max_batch_rows
+        parts = [self._enqueue(rows[i : i + size]) for i in range(0, len(rows), size)]
         try:
             outputs = await asyncio.gather(*(part.future for part in parts)) if len(parts) > 1 else [await parts[0].future]
         except BaseException:
@@ -92,11 +82,6 @@ class Batcher:
                 self._abandon(part)
             raise
         return outputs[0] if len(outputs) == 1 else np.concatenate(outputs)
-
-    def replace_engine(self, run: Callable[[Rows], Rows], *, max_batch_rows: int, inline_rows: int) -> None:
-        """Use another `run` from the next batch on; waiting requests keep their places."""
-        with self._lock:
-            self._run, self._max_batch_rows, self._inline_rows = run, max_batch_rows, inline_rows
 
     async def drain(self) -> None:
         """Wait until every request that is waiting now has ended."""
@@ -129,7 +114,7 @@ class Batcher:
         if self._thread_work:  # otherwise they leave the queue at once
             self._telemetry.queue_depth(self._waiting_rows)
         else:
-            if self._next_start and self._waiting_rows >= self._max_batch_rows:  # the batch is full: do not wait for more
+            if self._next_start and self._waiting_rows >= self.engine.max_batch_rows:  # the batch is full: do not wait for more
                 self._next_start.cancel()
                 self._next_start = None
             self._next_start = self._next_start or loop.call_soon(self._tick)
@@ -162,9 +147,7 @@ class Batcher:
                 overdue.append(self._pop())
             if self._queue:
                 self._expiry = loop.call_at(self._queue[0].arrived + self._queue_timeout, self._expire)
-        _fail(
-            overdue, DeadlineExceededError(f"the request was not started within {self._queue_timeout:g} s, the limit of the queue")
-        )
+        _fail(overdue, DeadlineExceededError(f"the request was not started within {self._queue_timeout:g} s, the queue's limit"))
 
     def _tick(self) -> None:
         """Start a batch for the thread at once, a short one when no more requests arrive, and neither before `max_delay`."""
@@ -172,10 +155,10 @@ class Batcher:
         if self._waiting_rows != self._rows_at_last_tick:
             self._rows_at_last_tick, self._ticks_left = self._waiting_rows, IDLE_TICKS
         self._ticks_left -= 1
-        delay = self._queue[0].arrived + self.max_delay - loop.time() if self.max_delay and self._queue else 0
-        if self._waiting_rows >= self._max_batch_rows:
+        delay = self._queue[0].arrived + self._max_delay - loop.time() if self._max_delay and self._queue else 0
+        if self._waiting_rows >= self.engine.max_batch_rows:
             self._start()
-        elif len(self._queue) < EAGER_START_REQUESTS and self._waiting_rows <= self._inline_rows and self._ticks_left > 0:
+        elif len(self._queue) < EAGER_START_REQUESTS and self._waiting_rows <= self.engine.inline_rows and self._ticks_left > 0:
             self._next_start = loop.call_soon(self._tick)
         elif delay > 0:
             self._next_start = loop.call_later(delay, self._start)
@@ -186,7 +169,7 @@ class Batcher:
         """Run what is waiting: a short batch here and now, a long one in the thread."""
         self._next_start, self._rows_at_last_tick = None, 0
         batch = self._take_batch()
-        if sum(len(entry.rows) for entry in batch) > self._inline_rows:
+        if sum(len(entry.rows) for entry in batch) > self.engine.inline_rows:
             loop = asyncio.get_running_loop()
             self._thread_work = loop.run_in_executor(self._executor, self._run_in_thread, batch, loop)
             self._thread_work.add_done_callback(self._thread_finished)
@@ -199,19 +182,19 @@ class Batcher:
         """Run this batch, and then the next ones for as long as more rows wait than would run on the loop."""
         while batch:
             loop.call_soon_threadsafe(_deliver, batch, self._run_batch(batch))
-            min_rows = self._max_batch_rows if self.max_delay else self._inline_rows + 1
+            min_rows = self.engine.max_batch_rows if self._max_delay else self.engine.inline_rows + 1
             batch = self._take_batch() if self._waiting_rows >= min_rows else []
 
     def _thread_finished(self, _: asyncio.Future[None]) -> None:
         """Go on with the rows that are waiting, at once or after `max_delay`."""
         self._thread_work = None
         if not self._closed:
-            (self._tick if self.max_delay else self._start)()
+            (self._tick if self._max_delay else self._start)()
 
     def _take_batch(self) -> list[_Entry]:
         """Take the next batch off the queue: the oldest entries, as many as fit, and at least one unless the queue is empty."""
         batch: list[_Entry] = []
-        room = self._max_batch_rows
+        room = self.engine.max_batch_rows
         with self._lock:
             while self._queue and (self._queue[0].future.done() or not batch or len(self._queue[0].rows) <= room):
                 entry = self._pop()
@@ -229,7 +212,7 @@ class Batcher:
         started = time.perf_counter()
         try:
             rows = batch[0].rows if len(batch) == 1 else np.concatenate([entry.rows for entry in batch])
-            output = self._run(rows)
+            output = self.engine.run(rows)
             if len(output) != len(rows):
                 return InternalError(ValueError(f"the engine returned {len(output)} rows for {len(rows)}"))
         except Exception as error:  # noqa: BLE001  any exception fails this batch only

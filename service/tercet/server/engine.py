@@ -5,22 +5,22 @@ import io
 import logging
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cache
+import timeit
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 
-from tercet.card import DATATYPES, Card, Rows, Tensor, verify_file
+from tercet.card import DATATYPES, Card, Rows, verify_file
 from tercet.errors import StartupError
 from tercet.server.config import Config
 
 log = logging.getLogger(__name__)
 _log_once = cache(log.info)  # all models have the same engine
 
-MIN_CALIBRATION_ROWS = 32  # the first batch size that `calibrate_batch_size` tries
+MIN_CALIBRATION_ROWS = 32  # the first batch size that `calibrate` tries
 MIN_BATCH_SECONDS = 2e-3  # starting a batch takes about 5 % of this
 MAX_INLINE_SECONDS = 1e-3  # a faster batch on the CPU is not worth a thread
 YIELD_SECONDS = 1e-3  # sleep before each step of loading, for the event loop of the service: the steps hold the GIL
@@ -36,6 +36,8 @@ class Engine:
     platform: str  # as the Open Inference Protocol names it
     device: str  # cpu or cuda
     reason: str = ""  # why it runs on this device
+    max_batch_rows: int = 1  # larger batches would not be cheaper, and take memory
+    inline_rows: int = 0  # the largest batch that is not worth a thread; 0 on a GPU, where the CPU only waits
 
 
 def load_onnx(folder: Path, card: Card, config: Config) -> Engine:
@@ -55,8 +57,11 @@ def load_onnx(folder: Path, card: Card, config: Config) -> Engine:
         session = ort.InferenceSession(content, options, providers=providers)
     except Exception as error:  # onnxruntime's exceptions share no base class
         raise StartupError(f"onnxruntime cannot load {path}: {error}") from error
-    _check_graph(path, "input", session.get_inputs(), card.input)
-    _check_graph(path, "output", session.get_outputs(), card.output)
+    for kind, tensors, expected in (("input", session.get_inputs(), card.input), ("output", session.get_outputs(), card.output)):
+        right = (expected.name, DATATYPES[expected.datatype].onnx_type, [None, *expected.shape])
+        actual = [(tensor.name, tensor.type, tensor.shape) for tensor in tensors]
+        if [(*rest, [size if isinstance(size, int) else None for size in shape]) for *rest, shape in actual] != [right]:
+            raise StartupError(f"{path} is not the graph that its card describes: expected {kind} {right}, got {actual}")
     device = "cuda" if session.get_providers()[0] == "CUDAExecutionProvider" else "cpu"
     if try_cuda and device == "cpu":
         reason = "its CUDA provider did not load; pip install '.[cuda]' installs the libraries that it needs"
@@ -67,20 +72,6 @@ def load_onnx(folder: Path, card: Card, config: Config) -> Engine:
         return output
 
     return Engine(run=run, name=f"onnxruntime {ort.__version__}", platform="onnxruntime_onnx", device=device, reason=reason)
-
-
-def _check_graph(path: Path, kind: str, tensors: Sequence[Any], expected: Tensor) -> None:
-    """Raise StartupError unless a graph's inputs, or its outputs, are the card's one tensor with a batch axis of any size."""
-    shape = (None, *expected.shape)
-    matches = [
-        (tensor.name, tensor.type, len(tensor.shape)) == (expected.name, DATATYPES[expected.datatype].onnx_type, len(shape))
-        and all(size == right or isinstance(size, str | None) for size, right in zip(tensor.shape, shape, strict=True))
-        for tensor in tensors
-    ]
-    if matches != [True]:
-        actual = ", ".join(f"{tensor.name!r} {tensor.type} {tensor.shape}" for tensor in tensors)
-        right = f"{expected.name!r} {expected.datatype} {[-1, *expected.shape]}"
-        raise StartupError(f"{path} is not the graph that its card describes: expected {kind} {right}, got {actual}")
 
 
 @cache
@@ -108,7 +99,15 @@ def load_torch(folder: Path, card: Card, config: Config) -> Engine:
     device = "cuda" if gpu and config.device != "cpu" else "cpu"
     reason = "as configured" if config.device == "cpu" else f"torch sees {'a' if gpu else 'no'} GPU"
     torch.set_num_threads(config.threads)
-    build = _import_build(folder.parent)
+    sys.path.insert(0, str(folder.parent.resolve().parent))
+    try:
+        from models.network import build  # noqa: PLC0415
+    except ImportError as error:
+        raise StartupError(
+            f"the torch engine needs models/network.py of the checkout that holds {folder.parent}: {error}"
+        ) from error
+    finally:
+        sys.path.pop(0)
     content = verify_file(folder, card, "model.pt")
     try:
         network = build(card.name, card.params["train"].get("network", {}))
@@ -125,25 +124,11 @@ def load_torch(folder: Path, card: Card, config: Config) -> Engine:
     return Engine(run=run, name=f"torch {torch.__version__}", platform="pytorch_libtorch", device=device, reason=reason)
 
 
-def _import_build(models_folder: Path) -> Callable[..., Any]:
-    """The function that builds a network, from the checkout that holds the models folder. Raises StartupError."""
-    sys.path.insert(0, str(models_folder.resolve().parent))
-    try:
-        from models.network import build  # noqa: PLC0415
-    except ImportError as error:
-        raise StartupError(
-            f"the torch engine needs models/network.py of the checkout that holds {models_folder}: {error}"
-        ) from error
-    finally:
-        sys.path.pop(0)
-    return build
-
-
 ENGINES = {"onnxruntime": (load_onnx, "serve"), "torch": (load_torch, "torch")}  # with the extra that it needs
 
 
 def load_engine(folder: Path, card: Card, config: Config) -> Engine:
-    """Load a trained model, warm it up with the card's examples, and check that it returns the outputs in the card.
+    """Load a trained model, check that it returns the outputs in the card for the card's examples, and set its batch sizes.
 
     Raises StartupError when it cannot be loaded, returns other outputs, or CUDA is required and not available.
     """
@@ -157,38 +142,26 @@ def load_engine(folder: Path, card: Card, config: Config) -> Engine:
         raise StartupError(f"--device cuda: {engine.name} cannot use CUDA: {engine.reason}")
     _log_once(f"{engine.name} on {engine.device}: {engine.reason}")
     time.sleep(YIELD_SECONDS)
+    examples = card.example_rows()
     try:
-        for rows in (card.example_rows()[:1], card.example_rows()):
-            output = engine.run(rows)
+        engine.run(examples[:1])
+        output = engine.run(examples)
     except Exception as error:
         raise StartupError(f"{folder}: the model cannot run the examples in its card: {error}") from error
     expected = np.array([example.output for example in card.examples])
     comparable = output.shape == expected.shape and output.dtype == card.output.dtype
     if not comparable or not np.allclose(output, expected, rtol=TOLERANCE, atol=TOLERANCE):
         raise StartupError(f"{folder}: the model does not return the outputs in its card; run `dvc repro` to write both again")
-    return engine
+    return calibrate(engine, examples, config.max_batch_rows)
 
 
-class BatchLimits(NamedTuple):
-    """Batch sizes that suit an engine on this machine."""
-
-    max_batch_rows: int  # the start of a batch costs nothing by comparison; larger ones only take memory
-    inline_rows: int  # the largest batch that is not worth a thread; 0 on a GPU, where the CPU only waits
-
-
-def calibrate_batch_size(engine: Engine, example: Rows, max_rows: int) -> BatchLimits:
-    """Run `example`, (rows, *shape), at doubling batch sizes up to `max_rows` rows until a batch takes MIN_BATCH_SECONDS."""
+def calibrate(engine: Engine, example: Rows, max_rows: int) -> Engine:
+    """Set an engine's limits: double the batch of `example`, (rows, *shape), until it takes MIN_BATCH_SECONDS or has `max_rows`."""
     size = min(MIN_CALIBRATION_ROWS, max_rows)
     while True:
         batch = np.resize(example, (size, *example.shape[1:]))
-        seconds = min(_run_seconds(engine, batch) for _ in range(3))
+        seconds = min(timeit.repeat(partial(engine.run, batch), partial(time.sleep, YIELD_SECONDS), repeat=3, number=1))
         if seconds >= MIN_BATCH_SECONDS or size == max_rows:
-            return BatchLimits(size, int(MAX_INLINE_SECONDS / seconds * size) if engine.device == "cpu" else 0)
+            inline_rows = int(MAX_INLINE_SECONDS / seconds * size) if engine.device == "cpu" else 0
+            return replace(engine, max_batch_rows=size, inline_rows=inline_rows)
         size = min(2 * size, max_rows)
-
-
-def _run_seconds(engine: Engine, batch: Rows) -> float:
-    time.sleep(YIELD_SECONDS)
-    started = time.perf_counter()
-    engine.run(batch)
-    return time.perf_counter() - started

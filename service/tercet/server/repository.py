@@ -3,16 +3,16 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Sized
-from dataclasses import dataclass, field
+from collections.abc import Sized
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 
 from tercet.card import SIGNATURE, Card, Fingerprint, Rows, find_models, fingerprint, is_trained, read_card
 from tercet.errors import InvalidInputError, ModelNotFoundError, ModelRefusedError, ModelUnavailableError, StartupError
-from tercet.server.batcher import Batcher
+from tercet.server.batcher import Batcher, Trace
 from tercet.server.config import Config
-from tercet.server.engine import BatchLimits, Engine, calibrate_batch_size, load_engine
+from tercet.server.engine import Engine, load_engine
 from tercet.server.telemetry import ModelTelemetry, Telemetry
 
 log = logging.getLogger(__name__)
@@ -22,19 +22,17 @@ FILES = ("card.json", SIGNATURE, "model.onnx", "model.pt")
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """A loaded model: its card, engine and queue."""
+    """A loaded model: its card, its queue with the engine, and the settings of the service."""
 
     card: Card
-    engine: Engine
     batcher: Batcher
     telemetry: ModelTelemetry
-    max_request_rows: int
+    config: Config
 
     async def infer(self, rows: Rows, field: str) -> Rows:
-        """Check `rows`, (n, *input shape), against the contract and return the model's output, (n, *output shape).
+        """Check `rows`, (n, *input shape), and return the model's output, (n, *output shape).
 
-        `field` is the rows' field in the request, with `{row}` and `{feature}`. Raises InvalidInputError and what Batcher.infer
-        raises.
+        `field` is their field in the request, with `{row}` and `{feature}`. Raises InvalidInputError and what Batcher.infer raises.
         """
         started = perf_counter()
         try:
@@ -49,8 +47,8 @@ class Model:
 
     def check_row_count(self, rows: Sized, field: str) -> None:
         """Raise InvalidInputError when there are no rows, or too many for one request."""
-        if not 1 <= len(rows) <= self.max_request_rows:
-            raise InvalidInputError(field, f"expected 1 to {self.max_request_rows} rows, got {len(rows)}")
+        if not 1 <= len(rows) <= self.config.max_request_rows:
+            raise InvalidInputError(field, f"expected 1 to {self.config.max_request_rows} rows, got {len(rows)}")
 
 
 @dataclass
@@ -59,26 +57,26 @@ class _Folder:
 
     path: Path
     model: Model | None = None  # while it is served
-    attempted: list[Fingerprint] = field(default_factory=list)  # the files that were last loaded or refused
-    last_seen: list[Fingerprint] = field(default_factory=list)
+    attempted: Fingerprint = ()  # the files that were last loaded or refused
+    last_seen: Fingerprint = ()
     reason: str = "not trained: run `dvc repro`"  # why it is not served, or why its newest files are not
     unloaded: bool = False  # by request: ignore its files until it is loaded again
 
-    def fingerprints(self) -> list[Fingerprint]:
-        return [fingerprint(self.path / name) for name in FILES]
+    def fingerprint(self) -> Fingerprint:
+        return fingerprint(self.path / name for name in FILES)
 
 
 class Repository:
     """The models in a folder, by name. Use it from one event loop."""
 
-    def __init__(self, config: Config, telemetry: Telemetry, trace: Callable[[float, float, float], None] | None = None) -> None:
+    def __init__(self, config: Config, telemetry: Telemetry, trace: Trace | None = None) -> None:
         """Load every trained model; `trace` is the batchers'. Raises StartupError when there is none, or one is damaged."""
         self._config, self._telemetry, self._trace = config, telemetry, trace
         self._folders = {name: _Folder(config.models / name) for name in find_models(config.models)}
         self._load_lock = asyncio.Lock()  # one load at a time: it needs the CPU
         for name, folder in self._folders.items():
             if is_trained(folder.path):
-                folder.attempted = folder.fingerprints()
+                folder.attempted = folder.fingerprint()
                 self._serve(folder, *load_model(folder.path, config))
             else:
                 log.warning("%s is not trained and not served; run `dvc repro` to train it", name)
@@ -100,18 +98,15 @@ class Repository:
 
     def engines(self) -> dict[str, str]:
         """The engine of each loaded model, for example `onnxruntime 1.31.1 on cpu`."""
-        models = [self.get(name) for name in self.loaded_names()]
-        return {model.card.name: f"{model.engine.name} on {model.engine.device}" for model in models}
+        engines = {name: self.get(name).batcher.engine for name in self.loaded_names()}
+        return {name: f"{engine.name} on {engine.device}" for name, engine in engines.items()}
 
     def reason(self, name: str) -> str:
         """Why a model, or its newest files, are not served; empty when they are."""
         return self._folders[name].reason
 
     def get(self, name: str, version: str = "") -> Model:
-        """The loaded model of this name; an empty version means the one that is served.
-
-        Raises ModelNotFoundError when the name or version is unknown, ModelUnavailableError when the model is not loaded.
-        """
+        """The loaded model of this name, and version unless that is empty. Raises ModelNotFoundError, ModelUnavailableError."""
         folder = self._folder(name)
         if folder.model is None:
             raise ModelUnavailableError(f"model {name!r} is not served: {folder.reason}")
@@ -127,18 +122,15 @@ class Repository:
             raise ModelNotFoundError(f"there is no model {name!r}; the models are {', '.join(self.all_names())}") from None
 
     async def load(self, name: str) -> None:
-        """Verify the files in a model's folder and serve them from the next batch on; until then the previous version is served.
-
-        Raises ModelNotFoundError, and ModelRefusedError when the files do not pass.
-        """
+        """Verify a model's files and serve them from the next batch on. Raises ModelNotFoundError, ModelRefusedError."""
         if name in self._names_on_disk():
             self._folders.setdefault(name, _Folder(self._config.models / name))
         folder = self._folder(name)
         async with self._load_lock:
-            folder.attempted, folder.unloaded = folder.fingerprints(), False
+            folder.attempted, folder.unloaded = folder.fingerprint(), False
             try:
-                card, engine, limits = await asyncio.to_thread(load_model, folder.path, self._config)
-                self._serve(folder, card, engine, limits)
+                card, engine = await asyncio.to_thread(load_model, folder.path, self._config)
+                self._serve(folder, card, engine)
             except StartupError as error:
                 folder.reason = str(error)
                 self._telemetry.model_reloaded(name, "refused")
@@ -160,13 +152,10 @@ class Repository:
             await model.batcher.close()
 
     async def reload_changed(self, *, wait_until_stable: bool = True) -> None:
-        """Reload the models whose files have changed; by default only once they have been stable since the previous call.
-
-        Models whose files are missing or refused are logged.
-        """
+        """Reload the models whose files have changed; by default only once they have been stable since the previous call."""
         for name in sorted({*self._names_on_disk(), *self._folders}):
             folder = self._folders.setdefault(name, _Folder(self._config.models / name))
-            current = folder.fingerprints()
+            current = folder.fingerprint()
             stable, folder.last_seen = current == folder.last_seen, current
             wanted = folder.model or (is_trained(folder.path) and not folder.unloaded)
             if wanted and current != folder.attempted and (stable or not wait_until_stable):
@@ -183,32 +172,20 @@ class Repository:
             return find_models(self._config.models)
         return []
 
-    def _serve(self, folder: _Folder, card: Card, engine: Engine, limits: BatchLimits) -> None:
+    def _serve(self, folder: _Folder, card: Card, engine: Engine) -> None:
         """Serve a version from now on. Raises StartupError when its tensors or labels differ from those that are served."""
-        config, served = self._config, folder.model
-        if served and _interface(served.card) != _interface(card):
-            raise StartupError(
-                f"its tensors or labels differ from those that are served: expected {_interface(served.card)}, "
-                f"got {_interface(card)}; unload the model first, or restart the service"
-            )
-        telemetry = self._telemetry.model(card.name)
-        if served:
-            batcher = served.batcher
-            batcher.replace_engine(engine.run, **limits._asdict())
+        if folder.model is None:
+            telemetry = self._telemetry.model(card.name)
+            batcher = Batcher(engine, self._config, telemetry, self._trace)
+            folder.model = Model(card=card, batcher=batcher, telemetry=telemetry, config=self._config)
         else:
-            batcher = Batcher(
-                engine.run,
-                **limits._asdict(),
-                max_queue_rows=config.max_queue_rows,
-                queue_timeout=config.queue_timeout,
-                max_delay=config.max_delay,
-                telemetry=telemetry,
-                trace=self._trace,
-            )
-        folder.reason, folder.model = (
-            "",
-            Model(card=card, engine=engine, batcher=batcher, telemetry=telemetry, max_request_rows=config.max_request_rows),
-        )
+            served, new = _interface(folder.model.card), _interface(card)
+            if served != new:
+                text = f"its tensors or labels differ from those that are served: expected {served}, got {new}"
+                raise StartupError(f"{text}; unload the model first, or restart the service")
+            folder.model.batcher.engine = engine
+            folder.model = replace(folder.model, card=card)
+        folder.reason = ""
 
 
 def _interface(card: Card) -> tuple[object, ...]:
@@ -216,12 +193,8 @@ def _interface(card: Card) -> tuple[object, ...]:
     return (*((tensor.name, tensor.datatype, tensor.shape) for tensor in (card.input, card.output)), card.labels)
 
 
-def load_model(folder: Path, config: Config) -> tuple[Card, Engine, BatchLimits]:
-    """Load, verify and warm up one trained model.
-
-    Raises StartupError when a file is missing, damaged or not signed as required, the card belongs to another model, or the model
-    does not return the outputs in its card.
-    """
+def load_model(folder: Path, config: Config) -> tuple[Card, Engine]:
+    """Load and verify a trained model. Raises StartupError when a file is missing, damaged or not signed as required."""
 
     def verify(content: bytes) -> None:
         if config.require_signed:
@@ -234,8 +207,7 @@ def load_model(folder: Path, config: Config) -> tuple[Card, Engine, BatchLimits]
         if card.name != folder.name:
             raise StartupError(f"{folder / 'card.json'} is the card of {card.name!r}: rename the folder to match")  # noqa: TRY301
         card.input.check(card.example_rows(), "examples[{row}].{feature}")
-        engine = load_engine(folder, card, config)
-        return card, engine, calibrate_batch_size(engine, card.example_rows(), config.max_batch_rows)
+        return card, load_engine(folder, card, config)
     except StartupError:
         raise
     except Exception as error:  # damaged files make numpy and the file system raise exceptions of any kind

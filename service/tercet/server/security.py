@@ -28,15 +28,15 @@ class ReloadingFile(Generic[T]):
     def __init__(self, paths: Sequence[Path], parse: Callable[[], T]) -> None:
         """Raise the StartupError of `parse`."""
         self._paths, self._parse = paths, parse
-        self._fingerprints = [fingerprint(path) for path in paths]
+        self._fingerprint = fingerprint(paths)
         self.value = parse()
 
     def refresh(self) -> bool:
         """Look at the files. Returns whether there is a new value."""
-        current = [fingerprint(path) for path in self._paths]
-        if current == self._fingerprints:
+        current = fingerprint(self._paths)
+        if current == self._fingerprint:
             return False
-        self._fingerprints = current
+        self._fingerprint = current
         try:
             self.value = self._parse()
         except StartupError as error:

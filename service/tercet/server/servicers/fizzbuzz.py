@@ -37,10 +37,9 @@ class FizzBuzzServicer(BaseServicer, fizzbuzz_pb2_grpc.FizzBuzzServicer):
 
 
 async def answer_numbers(repository: Repository, numbers: Rows, field: str) -> tuple[list[str], list[str]]:
-    """For each of `numbers`, (n,) int64, the word and the name of the model that predicted it.
+    """For each of `numbers`, (n,) int64, the word and the model that predicted it: `fizzbuzz` in its range, else `fizzbuzz_any`.
 
-    `fizzbuzz` answers the numbers in its range, `fizzbuzz_any` the others if it is loaded. Raises what Repository.get and
-    Model.infer raise.
+    Raises what Repository.get and Model.infer raise.
     """
     small, wide = repository.get("fizzbuzz"), widest_model(repository)
     [feature] = small.card.input.features
@@ -49,14 +48,15 @@ async def answer_numbers(repository: Repository, numbers: Rows, field: str) -> t
     for model, mask in ((small, for_small), (wide, ~for_small)):
         rows = np.flatnonzero(mask)
         if len(rows):
-            part = numbers[rows]
-            for row, word in zip(rows.tolist(), to_words(part, await model.infer(part, field), model.card), strict=True):
-                words[row], models[row] = word, model.card.name
+            probabilities = await model.infer(numbers[rows], field)
+            for row, best in zip(rows, probabilities.argmax(axis=1), strict=True):
+                label = model.card.labels[best]
+                words[row], models[row] = str(numbers[row]) if label == "number" else label, model.card.name
     return words, models
 
 
 def widest_model(repository: Repository) -> Model:
-    """The loaded model with the widest range. Raises what Repository.get raises."""
+    """`fizzbuzz_any` if it is loaded, else `fizzbuzz`. Raises what Repository.get raises."""
     return repository.get("fizzbuzz_any" if "fizzbuzz_any" in repository.loaded_names() else "fizzbuzz")
 
 
@@ -70,9 +70,3 @@ def count_chunks(request: pb.CountRequest, card: Card) -> Iterator[Rows]:
     numbers = iter(range(request.start, request.stop + (1 if step > 0 else -1), step))
     while chunk := list(islice(numbers, COUNT_CHUNK_ROWS)):
         yield np.array(chunk, dtype=np.int64)
-
-
-def to_words(numbers: Rows, probabilities: Rows, card: Card) -> list[str]:
-    """The label with the highest probability, or the number itself."""
-    labels = [card.labels[i] for i in probabilities.argmax(axis=1)]
-    return [str(number) if label == "number" else label for number, label in zip(numbers, labels, strict=True)]

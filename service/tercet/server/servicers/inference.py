@@ -49,7 +49,7 @@ class InferenceServicer(BaseServicer, inference_pb2_grpc.GRPCInferenceServiceSer
     async def ModelMetadata(self, request: pb.ModelMetadataRequest, _context: Any) -> pb.ModelMetadataResponse:
         model = self.backend.repository.get(request.name, request.version)
         card = model.card
-        response = pb.ModelMetadataResponse(name=card.name, versions=[card.version], platform=model.engine.platform)
+        response = pb.ModelMetadataResponse(name=card.name, versions=[card.version], platform=model.batcher.engine.platform)
         for tensors, tensor in ((response.inputs, card.input), (response.outputs, card.output)):
             tensors.add(name=tensor.name, datatype=tensor.datatype, shape=[-1, *tensor.shape])
         return response
@@ -60,7 +60,23 @@ class InferenceServicer(BaseServicer, inference_pb2_grpc.GRPCInferenceServiceSer
 
     @unary_rpc
     async def ModelConfig(self, request: pb.ModelConfigRequest, _context: Any) -> pb.ModelConfigResponse:
-        return pb.ModelConfigResponse(config=model_config(self.backend.repository.get(request.name, request.version)))
+        """Return a model's configuration in Triton's terms. The parameters are what clients show to people; lists are JSON."""
+        model = self.backend.repository.get(request.name, request.version)
+        card = model.card
+        config = pb.ModelConfig(
+            name=card.name,
+            platform=model.batcher.engine.platform,
+            backend=model.batcher.engine.name.partition(" ")[0],  # without the version
+            max_batch_size=model.config.max_request_rows,
+            input=[pb.ModelInput(name=card.input.name, data_type=f"TYPE_{card.input.datatype}", dims=card.input.shape)],
+            output=[pb.ModelOutput(name=card.output.name, data_type=f"TYPE_{card.output.datatype}", dims=card.output.shape)],
+            dynamic_batching=pb.ModelDynamicBatching(max_queue_delay_microseconds=round(model.config.max_delay * 1e6)),
+        )
+        for name in ("description", "intended_use", "warning"):
+            config.parameters[name].string_value = getattr(card, name)
+        config.parameters["labels"].string_value = msgspec.json.encode(card.labels).decode()
+        config.parameters["features"].string_value = msgspec.json.encode(card.input.features).decode()
+        return pb.ModelConfigResponse(config=config)
 
     @unary_rpc
     async def ModelStatistics(self, request: pb.ModelStatisticsRequest, _context: Any) -> pb.ModelStatisticsResponse:
@@ -140,24 +156,6 @@ class InferenceServicer(BaseServicer, inference_pb2_grpc.GRPCInferenceServiceSer
         model = self.backend.repository.get(request.model_name, request.model_version)
         output = await model.infer(decode_request(request, model.card), INPUT_FIELD)
         return encode_response(output, request, model.card)
-
-
-def model_config(model: Model) -> pb.ModelConfig:
-    """A model's configuration in Triton's terms. The parameters are what clients show to people; lists are JSON."""
-    card = model.card
-    texts = {"description": card.description, "intended_use": card.intended_use, "warning": card.warning}
-    for name, values in (("labels", card.labels), ("features", card.input.features)):
-        texts[name] = msgspec.json.encode(values).decode()
-    return pb.ModelConfig(
-        name=card.name,
-        platform=model.engine.platform,
-        backend=model.engine.name.partition(" ")[0],  # without the version
-        max_batch_size=model.max_request_rows,
-        input=[pb.ModelInput(name=card.input.name, data_type=f"TYPE_{card.input.datatype}", dims=card.input.shape)],
-        output=[pb.ModelOutput(name=card.output.name, data_type=f"TYPE_{card.output.datatype}", dims=card.output.shape)],
-        dynamic_batching=pb.ModelDynamicBatching(max_queue_delay_microseconds=round(model.batcher.max_delay * 1e6)),
-        parameters={name: pb.ModelParameter(string_value=text) for name, text in texts.items()},
-    )
 
 
 def model_statistics(model: Model) -> pb.ModelStatistics:
