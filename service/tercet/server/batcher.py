@@ -94,12 +94,8 @@ class Batcher:
         """Accept no more requests, end the waiting ones with ShuttingDownError, and let the running batch finish."""
         self._closed = True
         with self._lock:
-            waiting = list(self._queue)
-            self._queue.clear()
+            waiting = [self._pop() for _ in range(len(self._queue))]
         _fail(waiting, ShuttingDownError())
-        for handle in (self._expiry, self._next_start):
-            if handle:
-                handle.cancel()
         if self._thread_work:
             await asyncio.wait([self._thread_work])
         self._executor.shutdown()
@@ -113,11 +109,10 @@ class Batcher:
             self._waiting_rows += len(rows)
         if self._thread_work:  # otherwise they leave the queue at once
             self._telemetry.queue_depth(self._waiting_rows)
-        else:
-            if self._next_start and self._waiting_rows >= self.engine.max_batch_rows:  # the batch is full: do not wait for more
+        elif self._next_start is None or self._waiting_rows >= self.engine.max_batch_rows:  # a full batch does not wait for more
+            if self._next_start:
                 self._next_start.cancel()
-                self._next_start = None
-            self._next_start = self._next_start or loop.call_soon(self._tick)
+            self._next_start = loop.call_soon(self._tick)
         if self._expiry is None:
             self._expiry = loop.call_at(entry.arrived + self._queue_timeout, self._expire)
         return entry
@@ -188,8 +183,7 @@ class Batcher:
     def _thread_finished(self, _: asyncio.Future[None]) -> None:
         """Go on with the rows that are waiting, at once or after `max_delay`."""
         self._thread_work = None
-        if not self._closed:
-            (self._tick if self._max_delay else self._start)()
+        (self._tick if self._max_delay else self._start)()
 
     def _take_batch(self) -> list[_Entry]:
         """Take the next batch off the queue: the oldest entries, as many as fit, and at least one unless the queue is empty."""

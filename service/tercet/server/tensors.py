@@ -1,6 +1,5 @@
 """Tensors of the Open Inference Protocol: from a request to an array, and from an array to a response."""
 
-from collections.abc import Mapping
 from math import prod
 
 import numpy as np
@@ -10,6 +9,7 @@ from tercet.errors import InvalidInputError
 from tercet.proto import inference_pb2 as pb
 
 MAX_QUOTED_ENTRIES = 4  # of a list that may be very long, in an error message
+NO_SHARED_MEMORY = "shared memory is not supported; send the contents in the request"
 INPUT_FIELD = "inputs[0][{row}].{feature}"  # for Model.infer
 
 
@@ -25,7 +25,8 @@ def decode_request(request: pb.ModelInferRequest, card: Card) -> Rows:
         raise InvalidInputError("inputs[0].datatype", f"{expected.name!r} is {expected.datatype}, got {tensor.datatype!r}")
     if shape[1:] != expected.shape or not shape or shape[0] < 0:
         raise InvalidInputError("inputs[0].shape", f"{expected.name!r} is {[-1, *expected.shape]}, got {list(shape)}")
-    check_parameters("inputs[0]", tensor.parameters)
+    if "shared_memory_region" in tensor.parameters:
+        raise InvalidInputError("inputs[0].parameters", NO_SHARED_MEMORY)
     if request.outputs:
         check_outputs(request, card)
     contents = request.raw_input_contents  # each access to an entry copies it
@@ -42,16 +43,11 @@ def decode_request(request: pb.ModelInferRequest, card: Card) -> Rows:
     return np.frombuffer(content, expected.dtype).reshape(shape)
 
 
-def check_parameters(field: str, parameters: Mapping[str, pb.InferParameter]) -> None:
-    """Raise InvalidInputError for parameters that say that a tensor's contents are elsewhere; ignore all others."""
-    if "shared_memory_region" in parameters:
-        raise InvalidInputError(f"{field}.parameters", "shared memory is not supported; send the contents in the request")
-
-
 def check_outputs(request: pb.ModelInferRequest, card: Card) -> None:
     """Raise InvalidInputError unless the model's one output is requested, once."""
     for i, output in enumerate(request.outputs):
-        check_parameters(f"outputs[{i}]", output.parameters)
+        if "shared_memory_region" in output.parameters:
+            raise InvalidInputError(f"outputs[{i}].parameters", NO_SHARED_MEMORY)
         if output.name != card.output.name:
             raise InvalidInputError(f"outputs[{i}].name", f"{card.name}: expected {card.output.name!r}, got {output.name!r}")
         if i:

@@ -142,10 +142,8 @@ class InferenceServicer(BaseServicer, inference_pb2_grpc.GRPCInferenceServiceSer
         try:
             response = pb.ModelStreamInferResponse(infer_response=await self._infer(request))
         except Exception as error:  # noqa: BLE001  any exception ends this request and not the stream
-            failure, answer = (
-                as_service_error(error),
-                pb.ModelInferResponse(id=getattr(request, "id", "")),
-            )  # one not parsed has none
+            failure = as_service_error(error)
+            answer = pb.ModelInferResponse(id=getattr(request, "id", ""))  # a request that cannot be parsed has no id
             self.backend.telemetry.call_failed("ModelStreamInfer", failure.code.name)
             return pb.ModelStreamInferResponse(error_message=str(failure), infer_response=answer)
         self.backend.telemetry.call_answered("ModelStreamInfer", perf_counter() - started)
