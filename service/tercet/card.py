@@ -97,10 +97,9 @@ class Input(Tensor, frozen=True, kw_only=True):
         if not accepted.all():
             row, *rest = (int(i) for i in np.argwhere(~accepted)[0])
             feature = self.features[rest[-1] if len(self.features) > 1 else 0]
-            expected = (
-                f"{feature.minimum:g} to {feature.maximum:g} {feature.unit}".strip() + ", or NaN (not measured)" * self.missing
-            )
-            text = f"{feature.name} must be {expected}; got {rows[(row, *rest)]:g}"
+            expected = f"{feature.minimum:g} to {feature.maximum:g} {feature.unit}".strip()
+            or_nan = ", or NaN (not measured)" if self.missing else ""
+            text = f"{feature.name} must be {expected}{or_nan}; got {rows[(row, *rest)]:g}"
             raise InvalidInputError(field.format(row=row, feature=feature.name), text)
 
 

@@ -58,9 +58,11 @@ def load_onnx(folder: Path, card: Card, config: Config) -> Engine:
     except Exception as error:  # onnxruntime's exceptions share no base class
         raise StartupError(f"onnxruntime cannot load {path}: {error}") from error
     for kind, tensors, expected in (("input", session.get_inputs(), card.input), ("output", session.get_outputs(), card.output)):
-        right = (expected.name, DATATYPES[expected.datatype].onnx_type, [None, *expected.shape])
-        actual = [(tensor.name, tensor.type, tensor.shape) for tensor in tensors]
-        if [(*rest, [size if isinstance(size, int) else None for size in shape]) for *rest, shape in actual] != [right]:
+        right = [(expected.name, DATATYPES[expected.datatype].onnx_type, [-1, *expected.shape])]
+        actual = [
+            (tensor.name, tensor.type, [size if isinstance(size, int) else -1 for size in tensor.shape]) for tensor in tensors
+        ]
+        if actual != right:
             raise StartupError(f"{path} is not the graph that its card describes: expected {kind} {right}, got {actual}")
     device = "cuda" if session.get_providers()[0] == "CUDAExecutionProvider" else "cpu"
     if try_cuda and device == "cpu":
@@ -103,9 +105,7 @@ def load_torch(folder: Path, card: Card, config: Config) -> Engine:
     try:
         from models.network import build  # noqa: PLC0415
     except ImportError as error:
-        raise StartupError(
-            f"the torch engine needs models/network.py of the checkout that holds {folder.parent}: {error}"
-        ) from error
+        raise StartupError(f"the torch engine needs models/network.py in the checkout of {folder.parent}: {error}") from error
     finally:
         sys.path.pop(0)
     content = verify_file(folder, card, "model.pt")

@@ -3,7 +3,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from importlib import metadata
+from importlib.metadata import version
 from time import perf_counter
 from typing import Any
 
@@ -17,7 +17,7 @@ from tercet.server.rpc import BaseServicer, as_service_error, check_parsed, stre
 from tercet.server.telemetry import Duration
 from tercet.server.tensors import INPUT_FIELD, decode_request, encode_response
 
-VERSION = metadata.version("tercet")  # read at import: another version may be installed while this one runs
+VERSION = version("tercet")  # read at import: another version may be installed while this one runs
 STREAM_WINDOW = 64  # requests of one stream in work at a time; the stream is not read any further
 
 
@@ -89,9 +89,8 @@ class InferenceServicer(BaseServicer, inference_pb2_grpc.GRPCInferenceServiceSer
         repository = self.backend.repository
         loaded, response = repository.loaded_names(), pb.RepositoryIndexResponse()
         for name in loaded if request.ready else repository.all_names():
-            version = repository.get(name).card.version if name in loaded else ""
-            state = "READY" if name in loaded else "UNAVAILABLE"
-            response.models.add(name=name, version=version, state=state, reason=repository.reason(name))
+            served, state = (repository.get(name).card.version, "READY") if name in loaded else ("", "UNAVAILABLE")
+            response.models.add(name=name, version=served, state=state, reason=repository.reason(name))
         return response
 
     @unary_rpc
