@@ -1,6 +1,8 @@
 """The model card: the contract, metrics and origin of a trained model, as `export` writes them to card.json next to model.onnx."""
 
 import hashlib
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -12,6 +14,7 @@ from numpy.typing import NDArray
 from tercet.errors import InvalidInputError, StartupError
 
 Rows = NDArray[Any]
+Fingerprint = tuple[tuple[int, int, int], ...]  # of each file: modification time, size, inode
 
 
 class Datatype(NamedTuple):
@@ -95,10 +98,9 @@ class Input(Tensor, frozen=True, kw_only=True):
             row, *rest = (int(i) for i in np.argwhere(~accepted)[0])
             feature = self.features[rest[-1] if len(self.features) > 1 else 0]
             expected = f"{feature.minimum:g} to {feature.maximum:g} {feature.unit}".strip()
-            raise InvalidInputError(
-                field.format(row=row, feature=feature.name),
-                f"{feature.name} must be {expected}{', or NaN (not measured)' * self.missing}; got {rows[(row, *rest)]:g}",
-            )
+            or_nan = ", or NaN (not measured)" if self.missing else ""
+            text = f"{feature.name} must be {expected}{or_nan}; got {rows[(row, *rest)]:g}"
+            raise InvalidInputError(field.format(row=row, feature=feature.name), text)
 
 
 class Contract(msgspec.Struct, frozen=True, kw_only=True):
@@ -142,14 +144,22 @@ class Card(Contract, frozen=True, kw_only=True):
         return np.array([example.input for example in self.examples], dtype=self.input.dtype)
 
 
+def fingerprint(paths: Iterable[Path]) -> Fingerprint:
+    """A value that changes when one of the files is replaced, written to or removed."""
+    stats = []
+    for path in paths:
+        with suppress(OSError):
+            stats.append(path.stat())
+    return tuple((stat.st_mtime_ns, stat.st_size, stat.st_ino) for stat in stats)
+
+
 def find_models(folder: Path) -> list[str]:
     """Names of the models in a folder, trained or not. Raises StartupError when it cannot be read."""
-    if not folder.is_dir():
-        raise StartupError(f"{folder} is not a folder: run from the repository, or pass the folder of trained models with --models")
     try:
         return sorted(path.name for path in folder.iterdir() if (path / "contract.py").is_file() or is_trained(path))
     except OSError as error:
-        raise StartupError(f"{folder} cannot be read: {error}") from error
+        hint = "run from the repository, or pass the folder of trained models with --models"
+        raise StartupError(f"{folder} is not a folder that can be read ({error.strerror}): {hint}") from error
 
 
 def is_trained(folder: Path) -> bool:
@@ -157,18 +167,13 @@ def is_trained(folder: Path) -> bool:
     return (folder / "card.json").is_file()
 
 
-def read_card(folder: Path) -> Card:
-    """Read card.json of a trained model. Raises StartupError when it is missing or not a model card."""
-    return decode_card(read_card_file(folder), folder)
+def read_card(folder: Path, verify: Callable[[bytes], None] = lambda _: None) -> Card:
+    """Read card.json of a trained model. Raises StartupError when it is missing or not a model card.
 
-
-def read_card_file(folder: Path) -> bytes:
-    """The bytes of card.json, to be verified before they are decoded. Raises StartupError when the file is missing."""
-    return _read_file(folder / "card.json")
-
-
-def decode_card(content: bytes, folder: Path) -> Card:
-    """Decode the bytes of card.json. Raises StartupError when they are not a model card."""
+    `verify` gets the bytes before they are decoded.
+    """
+    content = _read_file(folder / "card.json")
+    verify(content)
     try:
         return msgspec.json.decode(content, type=Card)
     except msgspec.MsgspecError as error:
@@ -177,12 +182,11 @@ def decode_card(content: bytes, folder: Path) -> Card:
 
 def verify_file(folder: Path, card: Card, name: str) -> bytes:
     """Read a file of a trained model. Raises StartupError when it is missing or differs from the SHA-256 in the card."""
-    content = _read_file(folder / name)
-    actual, expected = hashlib.sha256(content).hexdigest(), card.files.get(name)
+    path, expected = folder / name, card.files.get(name)
+    content = _read_file(path)
+    actual = hashlib.sha256(content).hexdigest()
     if actual != expected:
-        raise StartupError(
-            f"{folder / name} is not the file that its card.json describes: expected SHA-256 {expected}, got {actual}"
-        )
+        raise StartupError(f"{path} is not the file that its card.json describes: expected SHA-256 {expected}, got {actual}")
     return content
 
 

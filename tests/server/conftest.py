@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 from tercet.card import Card, read_card
-from tercet.server.engine import BatchLimits
 
 import models
 from tests.server.support import HeldEngine
@@ -16,7 +15,6 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> HeldEngine:
     """The engine of every model of a server that is started in this process."""
     held = HeldEngine()
     monkeypatch.setattr("tercet.server.repository.load_engine", lambda *_: held)
-    monkeypatch.setattr("tercet.server.repository.calibrate_batch_size", lambda *_: BatchLimits(max_batch_rows=4, inline_rows=0))
     return held
 
 

@@ -97,7 +97,7 @@ def reflect(channel: grpc.Channel) -> Any:
 class HeldEngine:
     """Answers every row with `number`, once the test sets `open`."""
 
-    platform, device = "held", "cpu"
+    name, platform, device, max_batch_rows, inline_rows = "held 1", "held", "cpu", 4, 0
 
     def __init__(self) -> None:
         self.executed: list[int] = []

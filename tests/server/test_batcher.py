@@ -5,19 +5,22 @@ import logging
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tercet.card import Rows
-from tercet.errors import InternalError, QueueFullError, QueueTimeoutError, ShuttingDownError
+from tercet.errors import DeadlineExceededError, InternalError, QueueFullError, ShuttingDownError
 from tercet.server.batcher import IDLE_TICKS, Batcher
+from tercet.server.config import Config
+from tercet.server.engine import Engine
 
 pytestmark = pytest.mark.timeout(60)  # a request that nobody answers shows as a test that does not end
 
 POISON = -1  # the engine fails on a batch that holds it
-LIMITS = {"max_batch_rows": 4, "max_queue_rows": 12, "queue_timeout": 60.0}
+LIMITS: dict[str, Any] = {"max_queue_rows": 12, "max_request_rows": 12, "queue_timeout": 60.0}
 both = pytest.mark.parametrize("inline_rows", [0, 3])  # every batch in the thread, or only the full ones
 
 
@@ -86,15 +89,25 @@ def turn_clock(seconds: float) -> None:
     loop.time = lambda: now  # type: ignore[method-assign]
 
 
+def make_engine(run: Callable[[Rows], Rows], max_batch_rows: int, inline_rows: int = 0) -> Engine:
+    """An engine with these limits."""
+    return Engine(run=run, name="fake 1", platform="fake", device="cpu", max_batch_rows=max_batch_rows, inline_rows=inline_rows)
+
+
+def make_batcher(run: Callable[[Rows], Rows], max_batch_rows: int = 4, inline_rows: int = 0, **settings: Any) -> Batcher:
+    """A batcher that records nothing."""
+    return Batcher(make_engine(run, max_batch_rows, inline_rows), Config(**{**LIMITS, **settings}), Mock())
+
+
 Scenario = Callable[[Batcher, FakeEngine], Coroutine[Any, Any, None]]
 
 
-def play(scenario: Scenario, **limits: float) -> FakeEngine:
+def play(scenario: Scenario, **limits: Any) -> FakeEngine:
     """Run a scenario with a new batcher and engine in a new event loop, and close them."""
 
     async def main() -> FakeEngine:
         engine = FakeEngine(int(limits.get("inline_rows", 0)))
-        batcher = Batcher(engine.run, **{**LIMITS, **limits})  # type: ignore[arg-type]
+        batcher = make_batcher(engine.run, **limits)
         try:
             await scenario(batcher, engine)
         finally:
@@ -183,12 +196,12 @@ def test_full_queue_refuses_at_once(inline_rows: int) -> None:
         assert refused.done()
         error = refused.exception()
         assert isinstance(error, QueueFullError)
-        assert error.retry_after > 0
+        assert error.detail
         waiting[0].cancel()
         [late] = await submit(batcher, [14, 15, 16, 17, 18, 19])
         assert not late.done()
         turn_clock(LIMITS["queue_timeout"])
-        assert await outcomes([*waiting, late]) == [asyncio.CancelledError, QueueTimeoutError, QueueTimeoutError]
+        assert await outcomes([*waiting, late]) == [asyncio.CancelledError, DeadlineExceededError, DeadlineExceededError]
         last = await submit(batcher, list(range(20, 32)))
         engine.release()
         assert await outcomes([running, *last]) == [engine.held, [3 * row for row in range(20, 32)]]
@@ -207,7 +220,7 @@ def test_queue_timeout_ends_what_waits(inline_rows: int) -> None:
         turn_clock(40)
         young = await submit(batcher, [7])
         turn_clock(20)
-        assert await outcomes(old) == [QueueTimeoutError, QueueTimeoutError]
+        assert await outcomes(old) == [DeadlineExceededError, DeadlineExceededError]
         assert not running.done()
         engine.release()
         assert await outcomes([running, *young]) == [engine.held, [21]]
@@ -244,7 +257,7 @@ def test_cancelled_as_it_expires(inline_rows: int) -> None:
         await ticks()
         assert tasks[1].done()
         engine.release()
-        assert await outcomes([running, *tasks]) == [engine.held, asyncio.CancelledError, QueueTimeoutError]
+        assert await outcomes([running, *tasks]) == [engine.held, asyncio.CancelledError, DeadlineExceededError]
 
     assert play(scenario, inline_rows=inline_rows).executed == {0}
 
@@ -289,7 +302,7 @@ def test_wrong_answers_are_failures(answer: Callable[[Rows], Rows], inline_rows:
     """An engine that returns more rows, fewer rows or nothing has failed."""
 
     async def main() -> None:
-        batcher = Batcher(answer, **LIMITS, inline_rows=inline_rows)  # type: ignore[arg-type]
+        batcher = make_batcher(answer, inline_rows=inline_rows)
         assert await outcomes(await submit(batcher, [1, 2])) == [InternalError]
         await batcher.close()
 
@@ -323,7 +336,7 @@ def test_replace_engine(max_batch_rows: int, inline_rows: int) -> None:
     async def scenario(batcher: Batcher, engine: FakeEngine) -> None:
         running = await engine.hold(batcher)
         waiting = await submit(batcher, [1], [2, 3], [4, 5, 6, 7])
-        batcher.replace_engine(lambda rows: new.run(rows) + 1, max_batch_rows=max_batch_rows, inline_rows=inline_rows)
+        batcher.engine = make_engine(lambda rows: new.run(rows) + 1, max_batch_rows, inline_rows)
         waiting += await submit(batcher, [8])
         assert new.batches == []
         engine.release()
@@ -340,7 +353,7 @@ def test_take_over_of_an_idle_engine(inline_rows: int) -> None:
     new = FakeEngine()
 
     async def scenario(batcher: Batcher, _engine: FakeEngine) -> None:
-        batcher.replace_engine(new.run, max_batch_rows=2, inline_rows=0)
+        batcher.engine = make_engine(new.run, 2)
         assert await outcomes(await submit(batcher, [1, 2, 3, 4, 5])) == [[3, 6, 9, 12, 15]]
 
     assert play(scenario, inline_rows=inline_rows).batches == []
@@ -408,7 +421,7 @@ def test_what_leaves_before_its_inline_batch_never_runs(end: str) -> None:
             turn_clock(LIMITS["queue_timeout"])
         else:
             await batcher.close()
-        ended = {"cancel": asyncio.CancelledError, "expire": QueueTimeoutError, "close": ShuttingDownError}[end]
+        ended = {"cancel": asyncio.CancelledError, "expire": DeadlineExceededError, "close": ShuttingDownError}[end]
         assert await outcomes(tasks) == [ended, [6] if end == "cancel" else ended]
         for _ in range(IDLE_TICKS):
             await asyncio.sleep(0)
@@ -425,7 +438,7 @@ def test_models_never_wait_for_each_other(inline_rows: int) -> None:
         running = await engine.hold(batcher)
         waiting = await submit(batcher, [1])
         quick = FakeEngine()
-        other = Batcher(quick.run, **LIMITS, inline_rows=inline_rows)  # type: ignore[arg-type]
+        other = make_batcher(quick.run, inline_rows=inline_rows)
         for rows in ([5], [6, 7, 8, 9]):
             assert await outcomes(await submit(other, rows)) == [[3 * row for row in rows]]
         assert quick.inline == [inline_rows > 0, False]

@@ -3,8 +3,9 @@
 import logging
 import os
 import sys
-from itertools import cycle
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -18,10 +19,9 @@ from tercet.server.engine import (
     MAX_INLINE_SECONDS,
     MIN_BATCH_SECONDS,
     MIN_CALIBRATION_ROWS,
-    BatchLimits,
     Engine,
-    _log_device_once,
-    calibrate_batch_size,
+    _log_once,
+    calibrate,
     load_engine,
 )
 
@@ -30,49 +30,36 @@ from tests.conftest import BIN, REPOSITORY, run, serving
 from tests.server.support import answers, refusal
 
 
-class FakeEngine:
-    """Records the size of every batch."""
+def calibrated(monkeypatch: pytest.MonkeyPatch, most: int, per_row: float, device: str = "cpu") -> tuple[Engine, list[int]]:
+    """The engine with limits, and the sizes tried, when a row takes `per_row` seconds and every other run is five times slower."""
+    sizes = []
 
-    platform = "fake"
-    name = "fake 1"
-
-    def __init__(self, device: str = "cpu") -> None:
-        self.device = device
-        self.sizes: list[int] = []
-
-    def run(self, rows: Rows) -> Rows:
-        """(n, 3) -> (n, 3)."""
-        self.sizes.append(len(rows))
+    def run(rows: Rows) -> Rows:
+        sizes.append(len(rows))
         return rows
 
+    def repeat(run: Callable[[], Rows], _pause: Any, *, repeat: int, number: int) -> list[float]:
+        return [len(run()) * per_row * factor for factor in (1, 5, 1)][: repeat * number]
 
-def calibrated(monkeypatch: pytest.MonkeyPatch, most: int, per_row: float, device: str = "cpu") -> tuple[BatchLimits, list[int]]:
-    """The limits, and the sizes tried, when a row takes `per_row` seconds and every other run is five times slower."""
-
-    def seconds(engine: Engine, batch: Rows) -> float:
-        return len(engine.run(batch)) * per_row * next(noise)
-
-    noise = cycle([1, 5])
-    monkeypatch.setattr("tercet.server.engine._run_seconds", seconds)
-    engine = FakeEngine(device)
-    limits = calibrate_batch_size(engine, np.zeros((5, 3)), most)
-    return limits, sorted(set(engine.sizes))
+    monkeypatch.setattr("timeit.repeat", repeat)
+    engine = Engine(run=run, name="fake 1", platform="fake", device=device)
+    return calibrate(engine, np.zeros((5, 3)), most), sizes
 
 
 @pytest.mark.parametrize("factor", [1, 2, 8])
 def test_smallest_batch_that_takes_long_enough(monkeypatch: pytest.MonkeyPatch, factor: int) -> None:
     """The first of the doubled sizes is chosen at which the best run takes MIN_BATCH_SECONDS, and no larger one is tried."""
     rows = factor * MIN_CALIBRATION_ROWS
-    limits, sizes = calibrated(monkeypatch, 1024, 1.01 * MIN_BATCH_SECONDS / rows)
-    assert (limits.max_batch_rows, sizes[-1]) == (rows, rows)
+    engine, sizes = calibrated(monkeypatch, 1024, 1.01 * MIN_BATCH_SECONDS / rows)
+    assert (engine.max_batch_rows, sizes[-1]) == (rows, rows)
     assert calibrated(monkeypatch, 1024, 0.99 * MIN_BATCH_SECONDS / rows)[0].max_batch_rows == 2 * rows
 
 
 @pytest.mark.parametrize("most", [1, 7, 32, 100, 128])
 def test_no_batch_is_larger_than_allowed(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
     """When even the largest allowed batch is fast, it is chosen, and no larger one is tried."""
-    limits, sizes = calibrated(monkeypatch, most, 1e-9)
-    assert (limits.max_batch_rows, sizes[-1]) == (most, most)
+    engine, sizes = calibrated(monkeypatch, most, 1e-9)
+    assert (engine.max_batch_rows, sizes[-1]) == (most, most)
 
 
 @pytest.mark.parametrize("per_row", [1e-6, 1e-2])
@@ -110,7 +97,7 @@ def test_onnxruntime_keeps_to_itself(tmp_path: Path) -> None:
 def test_the_device_is_logged_once(workspace: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The device and its reason are logged once for all models."""
     caplog.set_level(logging.INFO)
-    _log_device_once.cache_clear()
+    _log_once.cache_clear()
     for name in ("diabetes", "fizzbuzz"):
         folder = workspace / "models" / name
         load_engine(folder, read_card(folder), Config())

@@ -272,7 +272,7 @@ def test_only_signed_models_start(model: Path, keys: tuple[Path, Path], tmp_path
         StartupError, match=f"{signature} is missing, or not a signature of this card.json by the owner of {public}"
     ):
         load_model(model, config)
-    assert load_model(model, Config()).card.name == "fizzbuzz"
+    assert load_model(model, Config())[0].name == "fizzbuzz"
     stranger = tmp_path / "stranger.pem"
     stranger.write_bytes(ed25519.Ed25519PrivateKey.generate().private_bytes(*PEM))
     sign_model(model, stranger)

@@ -19,7 +19,7 @@ from tercet.errors import InvalidInputError, StartupError
 from tercet.proto import POOL
 from tercet.server.config import MAX_INT, Config
 from tercet.server.repository import Repository
-from tercet.server.rpc import Calls, MalformedRequest, TolerantServer, abort_call
+from tercet.server.rpc import Calls, TolerantServer, abort_call
 from tercet.server.security import BearerTokens, reserve_port, tls_credentials
 from tercet.server.servicers import SERVICES, Backend
 from tercet.server.telemetry import MetricMemory, Telemetry, start_metrics_server
@@ -71,8 +71,8 @@ class Health(health.aio.HealthServicer):  # type: ignore[misc]  # it has no type
 
 
 async def _abort_if_malformed(request: Any, context: Any) -> None:
-    if isinstance(request, MalformedRequest):
-        await abort_call(context, InvalidInputError("request", request.reason))
+    if isinstance(request, InvalidInputError):
+        await abort_call(context, request)
 
 
 class Server:

@@ -11,16 +11,20 @@ from concurrent.futures import ThreadPoolExecutor
 from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 from threading import Lock
-from typing import Protocol
 
 import numpy as np
 
 from tercet.card import Rows
-from tercet.errors import InternalError, QueueFullError, QueueTimeoutError, ShuttingDownError
+from tercet.errors import DeadlineExceededError, InternalError, QueueFullError, ServiceError, ShuttingDownError
+from tercet.server.config import Config
+from tercet.server.engine import Engine
+from tercet.server.telemetry import ModelTelemetry
 
 EAGER_START_REQUESTS = 32  # start at once with this many: more do not make a batch cheaper, they only crowd the cache
 IDLE_TICKS = 24  # iterations of the event loop without a new request before a short batch starts; gRPC needs a few per call
 MIN_RETRY_SECONDS = 0.001  # what a full queue asks for at least
+
+Trace = Callable[[float, float, float], None]
 
 
 @dataclass(eq=False, slots=True)
@@ -31,50 +35,22 @@ class _Entry:
     future: asyncio.Future[Rows]
     arrived: float  # seconds on the loop's clock, which may be coarse
     enqueued: float = field(default_factory=time.perf_counter)
-    context: Context | None = None  # of the caller, for `trace`
-
-
-class BatchRecorder(Protocol):
-    """Records what a batcher does."""
-
-    def queue_depth(self, rows: int, /) -> None:
-        """Record how many rows are waiting now."""
-
-    def request_waited(self, seconds: float, /) -> None:
-        """Record how long a request waited for its batch."""
-
-    def batch_ran(self, rows: int, requests: int, seconds: float, /) -> None:
-        """Record a batch. Called from the engine's thread, too."""
+    context: Context = field(default_factory=copy_context)  # of the caller, for `trace`
 
 
 class Batcher:
     """The queue of one model. Use it from one event loop."""
 
-    def __init__(
-        self,
-        run: Callable[[Rows], Rows],
-        *,
-        max_batch_rows: int,
-        max_queue_rows: int,
-        queue_timeout: float,
-        max_delay: float = 0.0,
-        inline_rows: int = 0,
-        recorder: BatchRecorder | None = None,
-        trace: Callable[[float, float, float], None] | None = None,
-    ) -> None:
-        """`run` maps (batch, ...) to (batch, ...); it gets one batch at a time, of at most `max_batch_rows` rows.
+    def __init__(self, engine: Engine, config: Config, telemetry: ModelTelemetry, trace: Trace | None = None) -> None:
+        """`engine` may be replaced at any time; the new one runs from the next batch on.
 
-        Batches of up to `inline_rows` rows are so fast that they run on the event loop; larger ones run in a thread while requests
-        gather. The thread takes its next batch by itself, so the engine never waits for the loop.
-        At most `max_queue_rows` rows wait, each for at most `queue_timeout` seconds. An idle engine waits up to `max_delay` seconds
-        for more rows.
+        Batches of up to `engine.inline_rows` rows are so fast that they run on the event loop; larger ones run in a thread while
+        requests gather. The thread takes its next batch by itself, so the engine never waits for the loop.
         `trace` is called in the context of each request that ran, with three times of time.perf_counter: its arrival, and the start
         and end of its batch.
         """
-        self._run = run
-        self._max_batch_rows, self._inline_rows = max_batch_rows, inline_rows
-        self._max_queue_rows, self._queue_timeout, self.max_delay = max_queue_rows, queue_timeout, max_delay
-        self._recorder, self._trace = recorder, trace
+        self.engine, self._telemetry, self._trace = engine, telemetry, trace
+        self._max_queue_rows, self._queue_timeout, self._max_delay = config.max_queue_rows, config.queue_timeout, config.max_delay
         self._lock = Lock()  # guards the queue, which the thread takes from too
         self._queue: deque[_Entry] = deque()
         self._waiting_rows = 0
@@ -90,14 +66,15 @@ class Batcher:
         """Run `rows`, (n, ...), and return (n, ...). A request larger than a batch is split.
 
         Rows that are still waiting when the caller is cancelled are never run. Raises QueueFullError at once when there is no room,
-        QueueTimeoutError when the rows have waited too long, ShuttingDownError after `close`, InternalError when `run` failed.
+        DeadlineExceededError when the rows have waited too long, ShuttingDownError after `close`, InternalError when `run` failed.
         """
         if self._closed:
             raise ShuttingDownError
         if self._waiting_rows + len(rows) > self._max_queue_rows:
             retry_after = max(MIN_RETRY_SECONDS, self._waiting_rows * self._seconds_per_row)
             raise QueueFullError(self._waiting_rows, self._max_queue_rows, round(retry_after, 3))
-        parts = [self._enqueue(rows[i : i + self._max_batch_rows]) for i in range(0, len(rows), self._max_batch_rows)]
+        size = self.engine.max_batch_rows
+        parts = [self._enqueue(rows[i : i + size]) for i in range(0, len(rows), size)]
         try:
             outputs = await asyncio.gather(*(part.future for part in parts)) if len(parts) > 1 else [await parts[0].future]
         except BaseException:
@@ -105,11 +82,6 @@ class Batcher:
                 self._abandon(part)
             raise
         return outputs[0] if len(outputs) == 1 else np.concatenate(outputs)
-
-    def replace_engine(self, run: Callable[[Rows], Rows], *, max_batch_rows: int, inline_rows: int) -> None:
-        """Use another `run` from the next batch on; waiting requests keep their places."""
-        with self._lock:
-            self._run, self._max_batch_rows, self._inline_rows = run, max_batch_rows, inline_rows
 
     async def drain(self) -> None:
         """Wait until every request that is waiting now has ended."""
@@ -122,14 +94,8 @@ class Batcher:
         """Accept no more requests, end the waiting ones with ShuttingDownError, and let the running batch finish."""
         self._closed = True
         with self._lock:
-            waiting = list(self._queue)
-            self._queue.clear()
-        for entry in waiting:
-            if not entry.future.done():
-                entry.future.set_exception(ShuttingDownError())
-        for handle in (self._expiry, self._next_start):
-            if handle:
-                handle.cancel()
+            waiting = [self._pop() for _ in range(len(self._queue))]
+        _fail(waiting, ShuttingDownError())
         if self._thread_work:
             await asyncio.wait([self._thread_work])
         self._executor.shutdown()
@@ -138,18 +104,15 @@ class Batcher:
         """Queue at most one batch of rows and make sure that a batch will start."""
         loop = asyncio.get_running_loop()
         entry = _Entry(rows, loop.create_future(), loop.time())
-        if self._trace:
-            entry.context = copy_context()
         with self._lock:
             self._queue.append(entry)
             self._waiting_rows += len(rows)
-        if self._recorder and self._thread_work:  # otherwise they leave the queue at once
-            self._recorder.queue_depth(self._waiting_rows)
-        if self._thread_work is None:
-            if self._next_start and self._waiting_rows >= self._max_batch_rows:  # the batch is full: do not wait for more
+        if self._thread_work:  # otherwise they leave the queue at once
+            self._telemetry.queue_depth(self._waiting_rows)
+        elif self._next_start is None or self._waiting_rows >= self.engine.max_batch_rows:  # a full batch does not wait for more
+            if self._next_start:
                 self._next_start.cancel()
-                self._next_start = None
-            self._next_start = self._next_start or loop.call_soon(self._tick)
+            self._next_start = loop.call_soon(self._tick)
         if self._expiry is None:
             self._expiry = loop.call_at(entry.arrived + self._queue_timeout, self._expire)
         return entry
@@ -179,10 +142,7 @@ class Batcher:
                 overdue.append(self._pop())
             if self._queue:
                 self._expiry = loop.call_at(self._queue[0].arrived + self._queue_timeout, self._expire)
-        message = f"the request was not started within {self._queue_timeout:g} s, the limit of the queue"
-        for entry in overdue:
-            if not entry.future.done():
-                entry.future.set_exception(QueueTimeoutError(message))
+        _fail(overdue, DeadlineExceededError(f"the request was not started within {self._queue_timeout:g} s, the queue's limit"))
 
     def _tick(self) -> None:
         """Start a batch for the thread at once, a short one when no more requests arrive, and neither before `max_delay`."""
@@ -190,10 +150,10 @@ class Batcher:
         if self._waiting_rows != self._rows_at_last_tick:
             self._rows_at_last_tick, self._ticks_left = self._waiting_rows, IDLE_TICKS
         self._ticks_left -= 1
-        delay = self._queue[0].arrived + self.max_delay - loop.time() if self.max_delay and self._queue else 0
-        if self._waiting_rows >= self._max_batch_rows:
+        delay = self._queue[0].arrived + self._max_delay - loop.time() if self._max_delay and self._queue else 0
+        if self._waiting_rows >= self.engine.max_batch_rows:
             self._start()
-        elif len(self._queue) < EAGER_START_REQUESTS and self._waiting_rows <= self._inline_rows and self._ticks_left > 0:
+        elif len(self._queue) < EAGER_START_REQUESTS and self._waiting_rows <= self.engine.inline_rows and self._ticks_left > 0:
             self._next_start = loop.call_soon(self._tick)
         elif delay > 0:
             self._next_start = loop.call_later(delay, self._start)
@@ -204,43 +164,41 @@ class Batcher:
         """Run what is waiting: a short batch here and now, a long one in the thread."""
         self._next_start, self._rows_at_last_tick = None, 0
         batch = self._take_batch()
-        if sum(len(entry.rows) for entry in batch) > self._inline_rows:
+        if sum(len(entry.rows) for entry in batch) > self.engine.inline_rows:
             loop = asyncio.get_running_loop()
             self._thread_work = loop.run_in_executor(self._executor, self._run_in_thread, batch, loop)
             self._thread_work.add_done_callback(self._thread_finished)
         elif batch:
-            self._deliver(batch, self._run_batch(batch))
+            _deliver(batch, self._run_batch(batch))
             if self._queue:
                 self._next_start = asyncio.get_running_loop().call_soon(self._tick)
 
     def _run_in_thread(self, batch: list[_Entry], loop: asyncio.AbstractEventLoop) -> None:
         """Run this batch, and then the next ones for as long as more rows wait than would run on the loop."""
         while batch:
-            loop.call_soon_threadsafe(self._deliver, batch, self._run_batch(batch))
-            min_rows = self._max_batch_rows if self.max_delay else self._inline_rows + 1
+            loop.call_soon_threadsafe(_deliver, batch, self._run_batch(batch))
+            min_rows = self.engine.max_batch_rows if self._max_delay else self.engine.inline_rows + 1
             batch = self._take_batch() if self._waiting_rows >= min_rows else []
 
     def _thread_finished(self, _: asyncio.Future[None]) -> None:
         """Go on with the rows that are waiting, at once or after `max_delay`."""
         self._thread_work = None
-        if not self._closed:
-            (self._tick if self.max_delay else self._start)()
+        (self._tick if self._max_delay else self._start)()
 
     def _take_batch(self) -> list[_Entry]:
         """Take the next batch off the queue: the oldest entries, as many as fit, and at least one unless the queue is empty."""
         batch: list[_Entry] = []
-        room = self._max_batch_rows
+        room = self.engine.max_batch_rows
         with self._lock:
             while self._queue and (self._queue[0].future.done() or not batch or len(self._queue[0].rows) <= room):
                 entry = self._pop()
                 if not entry.future.done():  # otherwise it has just been cancelled
                     batch.append(entry)
                     room -= len(entry.rows)
-        if self._recorder:
-            now = time.perf_counter()
-            self._recorder.queue_depth(self._waiting_rows)
-            for entry in batch:
-                self._recorder.request_waited(now - entry.enqueued)
+        now = time.perf_counter()
+        self._telemetry.queue_depth(self._waiting_rows)
+        for entry in batch:
+            self._telemetry.request_waited(now - entry.enqueued)
         return batch
 
     def _run_batch(self, batch: list[_Entry]) -> Rows | InternalError:
@@ -248,30 +206,34 @@ class Batcher:
         started = time.perf_counter()
         try:
             rows = batch[0].rows if len(batch) == 1 else np.concatenate([entry.rows for entry in batch])
-            output = self._run(rows)
+            output = self.engine.run(rows)
             if len(output) != len(rows):
                 return InternalError(ValueError(f"the engine returned {len(output)} rows for {len(rows)}"))
         except Exception as error:  # noqa: BLE001  any exception fails this batch only
             return InternalError(error)
         seconds = time.perf_counter() - started
         self._seconds_per_row = seconds / len(rows)
-        if self._recorder:
-            self._recorder.batch_ran(len(rows), len(batch), seconds)
+        self._telemetry.batch_ran(len(rows), len(batch), seconds)
         if self._trace:
             for entry in batch:
-                if entry.context:
-                    entry.context.run(self._trace, entry.enqueued, started, started + seconds)
+                entry.context.run(self._trace, entry.enqueued, started, started + seconds)
         return output
 
-    def _deliver(self, batch: list[_Entry], output: Rows | InternalError) -> None:
-        """Give each request its rows of the output, or the error."""
-        start = 0
-        for entry in batch:
-            stop = start + len(entry.rows)
-            if entry.future.done():  # the caller has left
-                pass
-            elif isinstance(output, InternalError):
-                entry.future.set_exception(output)
-            else:
-                entry.future.set_result(output[start:stop])
-            start = stop
+
+def _deliver(batch: list[_Entry], output: Rows | InternalError) -> None:
+    """Give each request its rows of the output, or the error."""
+    if isinstance(output, InternalError):
+        _fail(batch, output)
+        return
+    start = 0
+    for entry in batch:
+        stop = start + len(entry.rows)
+        if not entry.future.done():  # otherwise the caller has left
+            entry.future.set_result(output[start:stop])
+        start = stop
+
+
+def _fail(entries: list[_Entry], error: ServiceError) -> None:
+    for entry in entries:
+        if not entry.future.done():
+            entry.future.set_exception(error)

@@ -69,17 +69,14 @@ def decode_image(content: bytes, field: str, budget: PixelBudget | None = None) 
 
 
 def _centre(ink: Rows, field: str) -> Rows:
-    """(height, width) uint8 ink -> (28, 28): cropped, scaled to fit 20 x 20, centre of mass in the middle.
-
-    Raises InvalidInputError for `field` when nothing is left after scaling specks that were far apart.
-    """
+    """(height, width) uint8 ink -> (28, 28): cropped, scaled to fit 20 x 20, centre of mass in the middle."""
     rows, columns = (np.flatnonzero((ink > MAX_PAPER).any(axis=axis)) for axis in (1, 0))
     crop = Image.fromarray(ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1])
     scale = BOX_SIDE / max(crop.size)
     size = (max(1, round(crop.width * scale)), max(1, round(crop.height * scale)))
     digit = np.asarray(crop.resize(size, Image.Resampling.LANCZOS), dtype=np.float64)  # (height, width)
     mass = digit.sum()
-    if not mass:
+    if not mass:  # specks that were far apart are lost
         raise InvalidInputError(field, BLANK)
     top, left = (
         round(np.clip(SIDE / 2 - (digit.sum(axis=1 - axis) @ (np.arange(length) + 0.5)) / mass, 0, SIDE - length))

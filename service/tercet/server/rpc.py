@@ -2,13 +2,16 @@
 
 import functools
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, NoReturn
 
 import grpc
 from google.protobuf.message import DecodeError
 
-from tercet.errors import DeadlinePassedError, InternalError, InvalidInputError, ServiceError, ShuttingDownError
+from tercet.errors import DeadlineExceededError, InternalError, InvalidInputError, ServiceError, ShuttingDownError
+from tercet.server.repository import Repository
+from tercet.server.telemetry import Telemetry
 
 Parse = Callable[[bytes], Any]
 UnaryMethod = Callable[[Any, Any, Any], Awaitable[Any]]
@@ -29,31 +32,39 @@ class Calls:
             raise ShuttingDownError
 
 
-class MalformedRequest:
-    """Takes the place of a request whose bytes could not be parsed."""
+@dataclass(frozen=True, kw_only=True)
+class Backend:
+    """The parts of one process that all its servicers share."""
 
-    id = ""
-
-    def __init__(self, reason: str) -> None:
-        self.reason = reason
-
-
-def check_parsed(request: Any) -> None:
-    """Raise InvalidInputError when a request could not be parsed."""
-    if request.__class__ is MalformedRequest:
-        raise InvalidInputError("request", request.reason)
+    repository: Repository
+    telemetry: Telemetry
+    calls: Calls
+    command: Callable[[str], Awaitable[None]]  # runs `load NAME` or `unload NAME`
 
 
-def parse_or_malformed(parse: Parse) -> Parse:
-    """Make a parser return a MalformedRequest for bytes that it cannot parse."""
+class BaseServicer:
+    """Base of the gRPC servicers. A method decodes the request, calls a model and encodes its output."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+
+
+def parse_or_error(parse: Parse) -> Parse:
+    """Make a parser return an InvalidInputError in place of a request that it cannot parse; see `check_parsed`."""
 
     def parse_request(content: bytes) -> Any:
         try:
             return parse(content)
         except DecodeError as error:
-            return MalformedRequest(str(error))
+            return InvalidInputError("request", str(error))
 
     return parse_request
+
+
+def check_parsed(request: Any) -> None:
+    """Raise InvalidInputError when a request could not be parsed."""
+    if isinstance(request, InvalidInputError):
+        raise request
 
 
 class TolerantServer:
@@ -62,7 +73,7 @@ class TolerantServer:
     gRPC itself would answer UNKNOWN and log a traceback for each. Pass it to the generated add_..._to_server functions.
     """
 
-    def __init__(self, server: Any, wrap_parser: Callable[[Parse], Parse | None] = parse_or_malformed) -> None:
+    def __init__(self, server: Any, wrap_parser: Callable[[Parse], Parse | None] = parse_or_error) -> None:
         """`wrap_parser` makes the request parser of each method; with None requests stay bytes."""
         self._server, self._wrap_parser = server, wrap_parser
 
@@ -83,23 +94,22 @@ def as_service_error(error: Exception) -> ServiceError:
     return error if isinstance(error, ServiceError) else InternalError(error)
 
 
-async def abort_call(context: Any, error: Exception) -> NoReturn:
+async def abort_call(context: Any, error: ServiceError) -> NoReturn:
     """End a call with the status of an error."""
-    failure = as_service_error(error)
-    metadata = (("grpc-status-details-bin", failure.status().SerializeToString()),) if failure.details() else ()
-    await context.abort(failure.code, str(failure), trailing_metadata=metadata)
+    metadata = (("grpc-status-details-bin", error.status().SerializeToString()),) if error.detail else ()
+    await context.abort(error.code, str(error), trailing_metadata=metadata)
     raise AssertionError("context.abort returned")
 
 
-def _start(servicer: Any, request: Any, context: Any) -> None:
-    """Accept a call. Raises ShuttingDownError, DeadlinePassedError or InvalidInputError."""
+def _start(servicer: BaseServicer, request: Any, context: Any) -> None:
+    """Accept a call. Raises ShuttingDownError, DeadlineExceededError or InvalidInputError."""
     servicer.backend.calls.accept()
     if context.time_remaining() == 0:  # gRPC will cancel this call, but not at once
-        raise DeadlinePassedError("the deadline had passed before the request was read")
+        raise DeadlineExceededError("the deadline had passed before the request was read")
     check_parsed(request)
 
 
-async def _fail(error: BaseException, servicer: Any, method: str, context: Any) -> NoReturn:
+async def _fail(error: BaseException, servicer: BaseServicer, method: str, context: Any) -> NoReturn:
     """Count a failed call and end it with the status of its error. A cancelled call has ended already."""
     if not isinstance(error, Exception):
         servicer.backend.telemetry.call_failed(method, "CANCELLED")
@@ -114,7 +124,7 @@ def unary_rpc(method: UnaryMethod) -> UnaryMethod:
     name = method.__name__
 
     @functools.wraps(method)
-    async def call(servicer: Any, request: Any, context: Any) -> Any:
+    async def call(servicer: BaseServicer, request: Any, context: Any) -> Any:
         started = perf_counter()
         try:
             _start(servicer, request, context)
@@ -132,7 +142,7 @@ def streaming_rpc(method: StreamingMethod) -> StreamingMethod:
     name = method.__name__
 
     @functools.wraps(method)
-    async def call(servicer: Any, request: Any, context: Any) -> AsyncIterator[Any]:
+    async def call(servicer: BaseServicer, request: Any, context: Any) -> AsyncIterator[Any]:
         try:
             _start(servicer, request, context)
             async for response in method(servicer, request, context):

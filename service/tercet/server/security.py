@@ -14,7 +14,7 @@ from typing import Any, Generic, Literal, TypeVar
 import grpc
 from grpc_health.v1 import health
 
-from tercet.card import SIGNATURE, read_card, verify_file
+from tercet.card import SIGNATURE, fingerprint, read_card, verify_file
 from tercet.errors import StartupError, UnauthenticatedError
 from tercet.server.config import Config
 from tercet.server.rpc import abort_call
@@ -30,12 +30,12 @@ class ReloadingFile(Generic[T]):
     def __init__(self, parse: Callable[..., T], *paths: Path) -> None:
         """`parse` gets the paths, and raises StartupError."""
         self._parse, self._paths = parse, paths
-        self._fingerprint = self._read_fingerprint()
+        self._fingerprint = fingerprint(paths)
         self.value = parse(*paths)
 
     def refresh(self) -> T | None:
         """Parse the files again if they have changed. Returns the new value, if there is one."""
-        previous, self._fingerprint = self._fingerprint, self._read_fingerprint()
+        previous, self._fingerprint = self._fingerprint, fingerprint(self._paths)
         if self._fingerprint == previous:
             return None
         try:
@@ -45,11 +45,6 @@ class ReloadingFile(Generic[T]):
             return None
         log.info("reloaded %s", ", ".join(map(str, self._paths)))
         return self.value
-
-    def _read_fingerprint(self) -> list[tuple[int, int, int]]:
-        with suppress(OSError):  # a file is missing
-            return [(stat.st_mtime_ns, stat.st_size, stat.st_ino) for stat in map(Path.stat, self._paths)]
-        return []
 
 
 class BearerTokens(grpc.aio.ServerInterceptor):

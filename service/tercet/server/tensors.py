@@ -1,19 +1,19 @@
 """Tensors of the Open Inference Protocol: from a request to an array, and from an array to a response."""
 
-from collections.abc import Mapping
 from math import prod
 
 import numpy as np
 
 from tercet.card import DATATYPES, Card, Rows, Tensor
 from tercet.errors import InvalidInputError
-from tercet.proto.inference_pb2 import InferParameter, InferTensorContents, ModelInferRequest, ModelInferResponse
+from tercet.proto import inference_pb2 as pb
 
 MAX_QUOTED_ENTRIES = 4  # of a list that may be very long, in an error message
+NO_SHARED_MEMORY = "shared memory is not supported; send the contents in the request"
 INPUT_FIELD = "inputs[0][{row}].{feature}"  # for Model.infer
 
 
-def decode_request(request: ModelInferRequest, card: Card) -> Rows:
+def decode_request(request: pb.ModelInferRequest, card: Card) -> Rows:
     """The input tensor of a request, (batch, *shape), in the dtype of the card. Raises InvalidInputError."""
     expected, inputs = card.input, request.inputs
     if len(inputs) != 1 or inputs[0].name != expected.name:
@@ -25,8 +25,8 @@ def decode_request(request: ModelInferRequest, card: Card) -> Rows:
         raise InvalidInputError("inputs[0].datatype", f"{expected.name!r} is {expected.datatype}, got {tensor.datatype!r}")
     if shape[1:] != expected.shape or not shape or shape[0] < 0:
         raise InvalidInputError("inputs[0].shape", f"{expected.name!r} is {[-1, *expected.shape]}, got {list(shape)}")
-    if tensor.parameters:
-        check_parameters("inputs[0]", tensor.parameters)
+    if "shared_memory_region" in tensor.parameters:
+        raise InvalidInputError("inputs[0].parameters", NO_SHARED_MEMORY)
     if request.outputs:
         check_outputs(request, card)
     contents = request.raw_input_contents  # each access to an entry copies it
@@ -36,36 +36,25 @@ def decode_request(request: ModelInferRequest, card: Card) -> Rows:
         raise InvalidInputError("inputs[0].contents", "must be empty when raw_input_contents is used")
     if len(contents) != 1:
         raise InvalidInputError("raw_input_contents", f"expected one entry per input, 1 in all; got {len(contents)}")
-    return _from_raw(contents[0], expected, shape)
+    content, size = contents[0], prod(shape) * expected.dtype.itemsize
+    if len(content) != size:
+        text = f"expected {size} bytes of {expected.datatype} for this shape, got {len(content)}"
+        raise InvalidInputError("raw_input_contents[0]", text)
+    return np.frombuffer(content, expected.dtype).reshape(shape)
 
 
-def check_parameters(field: str, parameters: Mapping[str, InferParameter]) -> None:
-    """Raise InvalidInputError for parameters that say that a tensor's contents are elsewhere; ignore all others."""
-    if "shared_memory_region" in parameters:
-        raise InvalidInputError(f"{field}.parameters", "shared memory is not supported; send the contents in the request")
-
-
-def check_outputs(request: ModelInferRequest, card: Card) -> None:
+def check_outputs(request: pb.ModelInferRequest, card: Card) -> None:
     """Raise InvalidInputError unless the model's one output is requested, once."""
     for i, output in enumerate(request.outputs):
-        check_parameters(f"outputs[{i}]", output.parameters)
+        if "shared_memory_region" in output.parameters:
+            raise InvalidInputError(f"outputs[{i}].parameters", NO_SHARED_MEMORY)
         if output.name != card.output.name:
             raise InvalidInputError(f"outputs[{i}].name", f"{card.name}: expected {card.output.name!r}, got {output.name!r}")
         if i:
             raise InvalidInputError("outputs", f"{card.output.name!r} must be requested only once")
 
 
-def _from_raw(content: bytes, expected: Tensor, shape: tuple[int, ...]) -> Rows:
-    """(*shape) from an entry of raw_input_contents."""
-    size = prod(shape) * expected.dtype.itemsize
-    if len(content) != size:
-        raise InvalidInputError(
-            "raw_input_contents[0]", f"expected {size} bytes of {expected.datatype} for this shape, got {len(content)}"
-        )
-    return np.frombuffer(content, expected.dtype).reshape(shape)
-
-
-def _from_typed(contents: InferTensorContents, expected: Tensor, size: int) -> Rows:
+def _from_typed(contents: pb.InferTensorContents, expected: Tensor, size: int) -> Rows:
     """(size,) from the typed field of the datatype."""
     field = DATATYPES[expected.datatype].contents_field
     for descriptor, _ in contents.ListFields():
@@ -80,14 +69,12 @@ def _from_typed(contents: InferTensorContents, expected: Tensor, size: int) -> R
     return array.astype(expected.dtype, copy=False)
 
 
-def encode_response(output: Rows, request: ModelInferRequest, card: Card) -> ModelInferResponse:
+def encode_response(output: Rows, request: pb.ModelInferRequest, card: Card) -> pb.ModelInferResponse:
     """The response with the output tensor, (batch, *shape): raw contents for a raw request, typed contents for a typed one."""
-    tensor = ModelInferResponse.InferOutputTensor(name=card.output.name, datatype=card.output.datatype, shape=output.shape)
-    raw = []
+    response = pb.ModelInferResponse(model_name=card.name, model_version=card.version, id=request.id)
+    tensor = response.outputs.add(name=card.output.name, datatype=card.output.datatype, shape=output.shape)
     if request.raw_input_contents:
-        raw.append(output.tobytes())
+        response.raw_output_contents.append(output.tobytes())
     else:
         getattr(tensor.contents, DATATYPES[card.output.datatype].contents_field).extend(output.ravel().tolist())
-    return ModelInferResponse(
-        model_name=card.name, model_version=card.version, id=request.id, outputs=[tensor], raw_output_contents=raw
-    )
+    return response

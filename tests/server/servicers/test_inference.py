@@ -16,7 +16,6 @@ from tercet.card import Card, Rows, read_card
 from tercet.client import Client
 from tercet.proto.inference_pb2 import ModelInferRequest, ModelInferResponse
 from tercet.proto.inference_pb2_grpc import GRPCInferenceServiceStub
-from tercet.server.engine import BatchLimits
 from tercet.server.servicers.inference import STREAM_WINDOW, InferenceServicer
 
 import models
@@ -108,9 +107,9 @@ def test_tritonclient(default_service: Service, cards: dict[str, Card]) -> None:
 
 
 @pytest.fixture
-def engine(engine: HeldEngine, monkeypatch: pytest.MonkeyPatch) -> HeldEngine:
+def engine(engine: HeldEngine) -> HeldEngine:
     """The engine of every model of a server in this process; one row per batch, in the thread."""
-    monkeypatch.setattr("tercet.server.repository.calibrate_batch_size", lambda *_: BatchLimits(1, 0))
+    engine.max_batch_rows = 1
     return engine
 
 

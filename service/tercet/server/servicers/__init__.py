@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from tercet.proto import diabetes_pb2_grpc, digits_pb2_grpc, fizzbuzz_pb2_grpc, inference_pb2_grpc
-from tercet.server.servicers.base import Backend, BaseServicer
+from tercet.server.rpc import Backend, BaseServicer
 from tercet.server.servicers.diabetes import DiabetesServicer
 from tercet.server.servicers.digits import DigitsServicer
 from tercet.server.servicers.fizzbuzz import FizzBuzzServicer

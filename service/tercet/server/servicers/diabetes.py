@@ -6,33 +6,32 @@ from typing import Any
 import numpy as np
 
 from tercet.card import Card, Rows
+from tercet.proto import diabetes_pb2 as pb
 from tercet.proto import diabetes_pb2_grpc
-from tercet.proto.diabetes_pb2 import Assessment, AssessRequest, AssessResponse, Patient
-from tercet.server.rpc import unary_rpc
-from tercet.server.servicers.base import BaseServicer
-
-POSITIVE = "positive"
+from tercet.server.rpc import BaseServicer, unary_rpc
 
 
 class DiabetesServicer(BaseServicer, diabetes_pb2_grpc.DiabetesServicer):
     """Answers with the model `diabetes`."""
 
     @unary_rpc
-    async def Assess(self, request: AssessRequest, _context: Any) -> AssessResponse:
+    async def Assess(self, request: pb.AssessRequest, _context: Any) -> pb.AssessResponse:
         model = self.backend.repository.get("diabetes")
         model.check_row_count(request.patients, "patients")  # before decoding, which is slow for very many
         rows = np.array([decode_patient(patient, model.card) for patient in request.patients], dtype=np.float32)
         return encode_response(await model.infer(rows, "patients[{row}].{feature}"), model.card)
 
 
-def decode_patient(patient: Patient, card: Card) -> list[float]:
+def decode_patient(patient: pb.Patient, card: Card) -> list[float]:
     """The measurements in the order of the card; NaN where there is none."""
     names = [feature.name for feature in card.input.features]
     return [getattr(patient, name) if patient.HasField(name) else np.nan for name in names]
 
 
-def encode_response(probabilities: Rows, card: Card) -> AssessResponse:
+def encode_response(probabilities: Rows, card: Card) -> pb.AssessResponse:
     """(batch, 2) -> the response."""
-    positive = probabilities[:, card.labels.index(POSITIVE)].tolist()
+    positive = probabilities[:, card.labels.index("positive")].tolist()
     labels = [card.labels[i] for i in probabilities.argmax(axis=1)]
-    return AssessResponse(assessments=[Assessment(probability=p, label=name) for p, name in zip(positive, labels, strict=True)])
+    return pb.AssessResponse(
+        assessments=[pb.Assessment(probability=p, label=name) for p, name in zip(positive, labels, strict=True)]
+    )

@@ -9,11 +9,10 @@ import numpy as np
 
 from tercet.card import Rows
 from tercet.errors import InvalidInputError
+from tercet.proto import digits_pb2 as pb
 from tercet.proto import digits_pb2_grpc
-from tercet.proto.digits_pb2 import ClassifyRequest, ClassifyResponse, Digit, Image
 from tercet.server.images import SIDE, PixelBudget, decode_image
-from tercet.server.rpc import unary_rpc
-from tercet.server.servicers.base import Backend, BaseServicer
+from tercet.server.rpc import Backend, BaseServicer, unary_rpc
 
 DECODER_THREADS = 4  # a large image takes up to 0.3 GB while it is decoded
 
@@ -26,33 +25,25 @@ class DigitsServicer(BaseServicer, digits_pb2_grpc.DigitsServicer):
         self._decoders = ThreadPoolExecutor(DECODER_THREADS)
 
     @unary_rpc
-    async def Classify(self, request: ClassifyRequest, _context: Any) -> ClassifyResponse:
+    async def Classify(self, request: pb.ClassifyRequest, _context: Any) -> pb.ClassifyResponse:
         model = self.backend.repository.get("mnist")
         model.check_row_count(request.images, "images")
         rows = await asyncio.get_running_loop().run_in_executor(self._decoders, decode_request, request)  # may take seconds
-        return encode_response(await model.infer(rows, "images[{row}]"))
+        probabilities = (await model.infer(rows, "images[{row}]")).tolist()
+        return pb.ClassifyResponse(digits=[pb.Digit(digit=p.index(max(p)), probabilities=p) for p in probabilities])
 
 
-def decode_request(request: ClassifyRequest) -> Rows:
+def decode_request(request: pb.ClassifyRequest) -> Rows:
     """All images, (batch, 28, 28) uint8. Raises InvalidInputError."""
     budget = PixelBudget()
     return np.array([_decode(image, f"images[{i}]", budget) for i, image in enumerate(request.images)], dtype=np.uint8)
 
 
-def _decode(image: Image, field: str, budget: PixelBudget) -> Rows:
-    match image.WhichOneof("content"):
-        case "pixels":
-            pixels = image.pixels
-            if len(pixels) != SIDE * SIDE:
-                raise InvalidInputError(f"{field}.pixels", f"expected {SIDE} x {SIDE} = {SIDE * SIDE} bytes, got {len(pixels)}")
-            return np.frombuffer(pixels, np.uint8).reshape(SIDE, SIDE)
-        case "encoded":
-            return decode_image(image.encoded, f"{field}.encoded", budget)
-        case _:
-            raise InvalidInputError(field, "is empty: set pixels or encoded")
-
-
-def encode_response(probabilities: Rows) -> ClassifyResponse:
-    """(batch, 10) -> the response."""
-    best = probabilities.argmax(axis=1).tolist()
-    return ClassifyResponse(digits=[Digit(digit=d, probabilities=p) for d, p in zip(best, probabilities.tolist(), strict=True)])
+def _decode(image: pb.Image, field: str, budget: PixelBudget) -> Rows:
+    if image.HasField("encoded"):
+        return decode_image(image.encoded, f"{field}.encoded", budget)
+    if not image.HasField("pixels"):
+        raise InvalidInputError(field, "is empty: set pixels or encoded")
+    if len(pixels := image.pixels) != SIDE * SIDE:
+        raise InvalidInputError(f"{field}.pixels", f"expected {SIDE} x {SIDE} = {SIDE * SIDE} bytes, got {len(pixels)}")
+    return np.frombuffer(pixels, np.uint8).reshape(SIDE, SIDE)

@@ -3,76 +3,64 @@
 
 from collections.abc import AsyncIterator, Iterator
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from tercet.card import Card, Rows
 from tercet.errors import InvalidInputError
+from tercet.proto import fizzbuzz_pb2 as pb
 from tercet.proto import fizzbuzz_pb2_grpc
-from tercet.proto.fizzbuzz_pb2 import AnswerRequest, AnswerResponse, CountRequest, CountResponse
 from tercet.server.repository import Model, Repository
-from tercet.server.rpc import streaming_rpc, unary_rpc
-from tercet.server.servicers.base import BaseServicer
+from tercet.server.rpc import BaseServicer, streaming_rpc, unary_rpc
 
 COUNT_CHUNK_ROWS = 64  # numbers of a Count per call of the model
 
 
 class FizzBuzzServicer(BaseServicer, fizzbuzz_pb2_grpc.FizzBuzzServicer):
-    """Answers with the models `fizzbuzz` and `fizzbuzz_any`; see `split_by_model`."""
+    """Answers with the models `fizzbuzz` and `fizzbuzz_any`; see `answer_numbers`."""
 
     @unary_rpc
-    async def Answer(self, request: AnswerRequest, _context: Any) -> AnswerResponse:
+    async def Answer(self, request: pb.AnswerRequest, _context: Any) -> pb.AnswerResponse:
         widest_model(self.backend.repository).check_row_count(request.numbers, "numbers")
         numbers = np.array(request.numbers, dtype=np.int64)
-        answers = await answer_numbers(self.backend.repository, numbers, "numbers[{row}]")
-        return AnswerResponse(words=answers.words, models=answers.models)
+        words, models = await answer_numbers(self.backend.repository, numbers, "numbers[{row}]")
+        return pb.AnswerResponse(words=words, models=models)
 
     @streaming_rpc
-    async def Count(self, request: CountRequest, _context: Any) -> AsyncIterator[CountResponse]:
+    async def Count(self, request: pb.CountRequest, _context: Any) -> AsyncIterator[pb.CountResponse]:
         repository = self.backend.repository
         for numbers in count_chunks(request, widest_model(repository).card):
             answers = await answer_numbers(repository, numbers, "start")
             for number, word, model in zip(numbers, *answers, strict=True):
-                yield CountResponse(number=number, word=word, model=model)
+                yield pb.CountResponse(number=number, word=word, model=model)
 
 
-class Answers(NamedTuple):
-    """For each number the word, and the name of the model that predicted it."""
+async def answer_numbers(repository: Repository, numbers: Rows, field: str) -> tuple[list[str], list[str]]:
+    """For each of `numbers`, (n,) int64, the word and the model that predicted it: `fizzbuzz` in its range, else `fizzbuzz_any`.
 
-    words: list[str]
-    models: list[str]
-
-
-async def answer_numbers(repository: Repository, numbers: Rows, field: str) -> Answers:
-    """Answer `numbers`, (n,) int64, which come from a field of the request. Raises what Model.infer raises."""
-    answers = Answers([""] * len(numbers), [""] * len(numbers))
-    for model, rows in split_by_model(repository, numbers):
-        part = numbers[rows]
-        for row, word in zip(rows.tolist(), to_words(part, await model.infer(part, field), model.card), strict=True):
-            answers.words[row], answers.models[row] = word, model.card.name
-    return answers
-
-
-def split_by_model(repository: Repository, numbers: Rows) -> list[tuple[Model, Rows]]:
-    """The rows for each model: `fizzbuzz` answers numbers in its range, `fizzbuzz_any` the others if it is loaded.
-
-    Raises what Repository.get raises.
+    Raises what Repository.get and Model.infer raise.
     """
     small, wide = repository.get("fizzbuzz"), widest_model(repository)
     [feature] = small.card.input.features
-    inside = (numbers >= feature.minimum) & (numbers <= feature.maximum)
-    if wide is small or inside.all():
-        return [(small, np.arange(len(numbers)))]
-    return [(model, rows) for model, rows in ((small, np.flatnonzero(inside)), (wide, np.flatnonzero(~inside))) if len(rows)]
+    for_small = (numbers >= feature.minimum) & (numbers <= feature.maximum) | (small is wide)
+    words, models = [""] * len(numbers), [""] * len(numbers)
+    for model, mask in ((small, for_small), (wide, ~for_small)):
+        rows = np.flatnonzero(mask)
+        if len(rows):
+            probabilities = await model.infer(numbers[rows], field)
+            for row, best in zip(rows, probabilities.argmax(axis=1), strict=True):
+                label = model.card.labels[best]
+                words[row], models[row] = str(numbers[row]) if label == "number" else label, model.card.name
+    return words, models
 
 
 def widest_model(repository: Repository) -> Model:
-    """The loaded model with the widest range. Raises what Repository.get raises."""
+    """`fizzbuzz_any` if it is loaded, else `fizzbuzz`. Raises what Repository.get raises."""
     return repository.get("fizzbuzz_any" if "fizzbuzz_any" in repository.loaded_names() else "fizzbuzz")
 
 
-def count_chunks(request: CountRequest, card: Card) -> Iterator[Rows]:
+def count_chunks(request: pb.CountRequest, card: Card) -> Iterator[Rows]:
     """The numbers of a Count, chunk by chunk. Raises InvalidInputError before the first when any of them is out of range."""
     step = request.step if request.HasField("step") else 1
     if step == 0:
@@ -82,9 +70,3 @@ def count_chunks(request: CountRequest, card: Card) -> Iterator[Rows]:
     numbers = iter(range(request.start, request.stop + (1 if step > 0 else -1), step))
     while chunk := list(islice(numbers, COUNT_CHUNK_ROWS)):
         yield np.array(chunk, dtype=np.int64)
-
-
-def to_words(numbers: Rows, probabilities: Rows, card: Card) -> list[str]:
-    """The label with the highest probability, or the number itself."""
-    labels = [card.labels[i] for i in probabilities.argmax(axis=1)]
-    return [str(number) if label == "number" else label for number, label in zip(numbers, labels, strict=True)]

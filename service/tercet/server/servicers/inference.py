@@ -9,13 +9,11 @@ from typing import Any
 
 import msgspec
 
-from tercet.card import Card, Tensor
 from tercet.errors import InvalidInputError, ModelUnavailableError
 from tercet.proto import inference_pb2 as pb
 from tercet.proto import inference_pb2_grpc
 from tercet.server.repository import Model
-from tercet.server.rpc import as_service_error, check_parsed, streaming_rpc, unary_rpc
-from tercet.server.servicers.base import BaseServicer
+from tercet.server.rpc import BaseServicer, as_service_error, check_parsed, streaming_rpc, unary_rpc
 from tercet.server.telemetry import Duration
 from tercet.server.tensors import INPUT_FIELD, decode_request, encode_response
 
@@ -50,13 +48,11 @@ class InferenceServicer(BaseServicer, inference_pb2_grpc.GRPCInferenceServiceSer
     @unary_rpc
     async def ModelMetadata(self, request: pb.ModelMetadataRequest, _context: Any) -> pb.ModelMetadataResponse:
         model = self.backend.repository.get(request.name, request.version)
-        return pb.ModelMetadataResponse(
-            name=model.card.name,
-            versions=[model.card.version],
-            platform=model.engine.platform,
-            inputs=[tensor_metadata(model.card.input)],
-            outputs=[tensor_metadata(model.card.output)],
-        )
+        card = model.card
+        response = pb.ModelMetadataResponse(name=card.name, versions=[card.version], platform=model.batcher.engine.platform)
+        for tensors, tensor in ((response.inputs, card.input), (response.outputs, card.output)):
+            tensors.add(name=tensor.name, datatype=tensor.datatype, shape=[-1, *tensor.shape])
+        return response
 
     @unary_rpc
     async def ModelInfer(self, request: pb.ModelInferRequest, _context: Any) -> pb.ModelInferResponse:
@@ -64,7 +60,23 @@ class InferenceServicer(BaseServicer, inference_pb2_grpc.GRPCInferenceServiceSer
 
     @unary_rpc
     async def ModelConfig(self, request: pb.ModelConfigRequest, _context: Any) -> pb.ModelConfigResponse:
-        return pb.ModelConfigResponse(config=model_config(self.backend.repository.get(request.name, request.version)))
+        """Return a model's configuration in Triton's terms. The parameters are what clients show to people; lists are JSON."""
+        model = self.backend.repository.get(request.name, request.version)
+        card = model.card
+        config = pb.ModelConfig(
+            name=card.name,
+            platform=model.batcher.engine.platform,
+            backend=model.batcher.engine.name.partition(" ")[0],  # without the version
+            max_batch_size=model.config.max_request_rows,
+            input=[pb.ModelInput(name=card.input.name, data_type=f"TYPE_{card.input.datatype}", dims=card.input.shape)],
+            output=[pb.ModelOutput(name=card.output.name, data_type=f"TYPE_{card.output.datatype}", dims=card.output.shape)],
+            dynamic_batching=pb.ModelDynamicBatching(max_queue_delay_microseconds=round(model.config.max_delay * 1e6)),
+        )
+        for name in ("description", "intended_use", "warning"):
+            config.parameters[name].string_value = getattr(card, name)
+        config.parameters["labels"].string_value = msgspec.json.encode(card.labels).decode()
+        config.parameters["features"].string_value = msgspec.json.encode(card.input.features).decode()
+        return pb.ModelConfigResponse(config=config)
 
     @unary_rpc
     async def ModelStatistics(self, request: pb.ModelStatisticsRequest, _context: Any) -> pb.ModelStatisticsResponse:
@@ -75,32 +87,30 @@ class InferenceServicer(BaseServicer, inference_pb2_grpc.GRPCInferenceServiceSer
     @unary_rpc
     async def RepositoryIndex(self, request: pb.RepositoryIndexRequest, _context: Any) -> pb.RepositoryIndexResponse:
         repository = self.backend.repository
-        loaded = repository.loaded_names()
-        return pb.RepositoryIndexResponse(
-            models=[
-                pb.RepositoryIndexResponse.ModelIndex(
-                    name=name,
-                    version=repository.get(name).card.version if name in loaded else "",
-                    state="READY" if name in loaded else "UNAVAILABLE",
-                    reason=repository.reason(name),
-                )
-                for name in (loaded if request.ready else repository.all_names())
-            ]
-        )
+        loaded, response = repository.loaded_names(), pb.RepositoryIndexResponse()
+        for name in loaded if request.ready else repository.all_names():
+            served, state = (repository.get(name).card.version, "READY") if name in loaded else ("", "UNAVAILABLE")
+            response.models.add(name=name, version=served, state=state, reason=repository.reason(name))
+        return response
 
     @unary_rpc
     async def RepositoryModelLoad(self, request: pb.RepositoryModelLoadRequest, _context: Any) -> pb.RepositoryModelLoadResponse:
-        check_repository_parameters(request)
-        await self.backend.command(f"load {request.model_name}")
+        await self._command("load", request)
         return pb.RepositoryModelLoadResponse()
 
     @unary_rpc
     async def RepositoryModelUnload(
         self, request: pb.RepositoryModelUnloadRequest, _context: Any
     ) -> pb.RepositoryModelUnloadResponse:
-        check_repository_parameters(request)
-        await self.backend.command(f"unload {request.model_name}")
+        await self._command("unload", request)
         return pb.RepositoryModelUnloadResponse()
+
+    async def _command(self, verb: str, request: pb.RepositoryModelLoadRequest | pb.RepositoryModelUnloadRequest) -> None:
+        """Load or unload a model. Raises InvalidInputError for a parameter, except Triton's `unload_dependents`."""
+        if unsupported := sorted(request.parameters.keys() - {"unload_dependents"}):
+            text = "is not supported: models are loaded from the service's folder as they are"
+            raise InvalidInputError(f"parameters[{unsupported[0]!r}]", text)
+        await self.backend.command(f"{verb} {request.model_name}")
 
     @streaming_rpc
     async def ModelStreamInfer(
@@ -132,8 +142,9 @@ class InferenceServicer(BaseServicer, inference_pb2_grpc.GRPCInferenceServiceSer
             response = pb.ModelStreamInferResponse(infer_response=await self._infer(request))
         except Exception as error:  # noqa: BLE001  any exception ends this request and not the stream
             failure = as_service_error(error)
+            answer = pb.ModelInferResponse(id=getattr(request, "id", ""))  # a request that cannot be parsed has no id
             self.backend.telemetry.call_failed("ModelStreamInfer", failure.code.name)
-            return pb.ModelStreamInferResponse(error_message=str(failure), infer_response=pb.ModelInferResponse(id=request.id))
+            return pb.ModelStreamInferResponse(error_message=str(failure), infer_response=answer)
         self.backend.telemetry.call_answered("ModelStreamInfer", perf_counter() - started)
         return response
 
@@ -144,57 +155,19 @@ class InferenceServicer(BaseServicer, inference_pb2_grpc.GRPCInferenceServiceSer
         return encode_response(output, request, model.card)
 
 
-def check_repository_parameters(request: pb.RepositoryModelLoadRequest | pb.RepositoryModelUnloadRequest) -> None:
-    """Raise InvalidInputError for a parameter that would be ignored; Triton's `unload_dependents` changes nothing here."""
-    for name in request.parameters:
-        if name != "unload_dependents":
-            raise InvalidInputError(
-                f"parameters[{name!r}]", "is not supported: models are loaded from the service's folder as they are"
-            )
-
-
-def tensor_metadata(tensor: Tensor) -> pb.ModelMetadataResponse.TensorMetadata:
-    return pb.ModelMetadataResponse.TensorMetadata(name=tensor.name, datatype=tensor.datatype, shape=[-1, *tensor.shape])
-
-
-def model_config(model: Model) -> pb.ModelConfig:
-    """A model's configuration in Triton's terms."""
-    card = model.card
-    return pb.ModelConfig(
-        name=card.name,
-        platform=model.engine.platform,
-        backend=model.engine.name.partition(" ")[0],  # without the version
-        max_batch_size=model.max_request_rows,
-        input=[pb.ModelInput(name=card.input.name, data_type=f"TYPE_{card.input.datatype}", dims=card.input.shape)],
-        output=[pb.ModelOutput(name=card.output.name, data_type=f"TYPE_{card.output.datatype}", dims=card.output.shape)],
-        dynamic_batching=pb.ModelDynamicBatching(max_queue_delay_microseconds=round(model.batcher.max_delay * 1e6)),
-        parameters={name: pb.ModelParameter(string_value=value) for name, value in card_parameters(card).items()},
-    )
-
-
-def card_parameters(card: Card) -> dict[str, str]:
-    """The parts of a card that clients show to people; lists are JSON."""
-    lists = {"labels": card.labels, "features": card.input.features}
-    texts = {"description": card.description, "intended_use": card.intended_use, "warning": card.warning}
-    return texts | {name: msgspec.json.encode(value).decode() for name, value in lists.items()}
-
-
 def model_statistics(model: Model) -> pb.ModelStatistics:
     """A model's statistics in Triton's terms. Input and output are not copied separately, so their durations stay empty."""
     recorded = model.telemetry
-    batches = recorded.batches.copy()  # the engine's thread may add to it meanwhile
+    batches = sorted(recorded.batches.copy().items())  # a copy, as the engine's thread may add to it meanwhile
     requests = {"success": recorded.success, "fail": recorded.fail, "queue": recorded.queue, "compute_infer": recorded.compute}
     return pb.ModelStatistics(
         name=model.card.name,
         version=model.card.version,
         last_inference=round(recorded.last_inference * 1e3),
         inference_count=recorded.rows,
-        execution_count=sum(batch.count for batch in batches.values()),
+        execution_count=sum(batch.count for _, batch in batches),
         inference_stats=pb.InferStatistics(**{name: statistic_duration(each) for name, each in requests.items()}),
-        batch_stats=[
-            pb.InferBatchStatistics(batch_size=rows, compute_infer=statistic_duration(batch))
-            for rows, batch in sorted(batches.items())
-        ],
+        batch_stats=[pb.InferBatchStatistics(batch_size=rows, compute_infer=statistic_duration(batch)) for rows, batch in batches],
     )
 
 
