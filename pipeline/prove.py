@@ -27,10 +27,7 @@ def load_weights(model: str, proof: ModuleType) -> Any:
     """The weights in model.pt. Raises PipelineError when model.onnx has others."""
     network = load_network(model)
     weights = proof.Weights(*(getattr(network, name).detach().numpy() for name in proof.Weights._fields))
-    try:
-        graph = onnx.load(Paths(model).trained / "model.onnx").graph
-    except FileNotFoundError as error:
-        raise PipelineError(f"{error.filename} is missing: run `dvc repro`") from None
+    graph = onnx.load(Paths(model).trained / "model.onnx").graph
     exported = {numpy_helper.to_array(tensor).tobytes() for tensor in graph.initializer}
     if not all(tensor.tobytes() in exported for tensor in (weights.initial, *weights.operators, weights.scores)):
         raise PipelineError("model.onnx does not have the weights of model.pt: run `dvc repro`")

@@ -31,8 +31,8 @@ class Network(Classifier):
         self.scores = nn.Parameter(torch.empty(0, 4, dtype=torch.float64))  # (states, 4)
         self.register_buffer("masks", 2 ** torch.arange(BITS).flip(0), persistent=False)  # the first is -2**63
 
-    def logits(self, inputs: Tensor) -> Tensor:
-        """(batch,) integers -> (batch, 4)."""
+    def outputs(self, inputs: Tensor) -> Tensor:
+        """(batch,) integers -> logits, (batch, 4)."""
         bits = (inputs.abs().unsqueeze(1) & self.masks) != 0  # (batch, 64); abs(-2**63) has the bits of 2**63
         zero, one = self.operators
         state = self.initial.expand(inputs.shape[0], -1)  # (batch, states)
