@@ -1,19 +1,16 @@
-"""What all stages share: paths, parameters, prepared rows, small files, and error messages."""
+"""What all stages share: paths, parameters, prepared rows and small files."""
 
 import csv
 import io
 import json
-import sys
-import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import msgspec
 import numpy as np
 
-import models
-from models.dataset import DataError, Dataset
+from models.dataset import Dataset
 from models.files import atomic_write
 
 T = TypeVar("T")
@@ -74,16 +71,3 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([header, *rows])
     atomic_write(path, text.getvalue().encode())
-
-
-def main(stage: Callable[[str], None]) -> None:
-    """Run a stage for the model named on the command line; on an expected error print one sentence and exit with 1."""
-    if len(sys.argv) != 2:  # noqa: PLR2004
-        sys.exit(f"usage: python -m pipeline.{stage.__name__} MODEL, where MODEL is one of {', '.join(models.names())}")
-    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
-    try:
-        stage(sys.argv[1])
-    except FileNotFoundError as error:
-        sys.exit(f"{stage.__name__} {sys.argv[1]}: {error.filename} is missing: run `dvc repro` in the folder of {PARAMS}")
-    except (PipelineError, DataError, models.UnknownModelError) as error:
-        sys.exit(f"{stage.__name__} {sys.argv[1]}: {error}")

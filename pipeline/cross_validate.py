@@ -24,7 +24,7 @@ from sklearn.metrics import accuracy_score, brier_score_loss, log_loss, roc_auc_
 from tqdm import tqdm
 
 from models.dataset import Dataset
-from pipeline.common import Paths, PipelineError, load_params, load_rows, main, write_csv, write_json
+from pipeline.common import Paths, PipelineError, load_params, load_rows, write_csv, write_json
 from pipeline.folds import SERVED, Changes, Params, Repeat, Task, choose, cross_validate_once
 from pipeline.metrics import calibration, calibration_error, check_gates, debiased_calibration_error
 from pipeline.train import Params as TrainParams
@@ -52,14 +52,8 @@ def settings(model: str, changes: Changes) -> TrainParams:
 
 def measure_folds(repeats: Sequence[Repeat], name: str, targets: np.ndarray) -> dict[str, np.ndarray]:
     """Each metric of a model in each outer fold, (repeats, folds)."""
-    folds = [[repeat.fold == number for number in range(repeat.fold.max() + 1)] for repeat in repeats]  # masks of their rows
     return {
-        key: np.array(
-            [
-                [metric(targets[rows], each.predictions[name][rows]) for rows in masks]
-                for each, masks in zip(repeats, folds, strict=True)
-            ]
-        )
+        key: np.array([[metric(targets[rows], each.predictions[name][rows]) for rows in each.folds] for each in repeats])
         for key, metric in METRICS.items()
     }
 
@@ -83,22 +77,22 @@ def spread(values: np.ndarray) -> dict[str, float]:
     return {"mean": float(values.mean()), **std, **fold_std}
 
 
-def interval(differences: np.ndarray, folds: int) -> dict[str, float]:
-    """Mean and 95 % interval of paired differences, one per outer fold of all repeats, by the corrected resampled t test.
+def interval(differences: np.ndarray) -> dict[str, float]:
+    """Mean and 95 % interval of paired differences, (repeats, folds), by the corrected resampled t test.
 
     Folds share training rows, so the variance of the mean is that of a fold times (1 / folds in all + test rows / training rows)
     (Nadeau and Bengio, "Inference for the generalization error", Machine Learning 52, 2003).
     """
-    count = differences.size
+    count, folds, mean = differences.size, differences.shape[1], float(differences.mean())
     error = np.sqrt((1 / count + 1 / (folds - 1)) * differences.var(ddof=1))  # a fold is 1 / (folds - 1) of its training rows
-    width = student.ppf(0.975, count - 1) * error
-    return {"mean": float(differences.mean()), "low": float(differences.mean() - width), "high": float(differences.mean() + width)}
+    width = float(student.ppf(0.975, count - 1) * error)
+    return {"mean": mean, "low": mean - width, "high": mean + width}
 
 
 def report(repeats: Sequence[Repeat], targets: np.ndarray) -> dict[str, Any]:
     """The metrics of each model, and the difference of the served model from each other (positive: the served one has more)."""
     per_fold = {name: measure_folds(repeats, name, targets) for name in repeats[0].predictions}
-    folds, served = repeats[0].fold.max() + 1, per_fold[SERVED]
+    served = per_fold[SERVED]
     return {
         "models": {
             name: {key: spread(values) for key, values in metrics.items()}
@@ -106,7 +100,7 @@ def report(repeats: Sequence[Repeat], targets: np.ndarray) -> dict[str, Any]:
             for name, metrics in per_fold.items()
         },
         "difference_from": {
-            name: {key: interval(served[key] - values, folds) for key, values in metrics.items()}
+            name: {key: interval(served[key] - values) for key, values in metrics.items()}
             for name, metrics in per_fold.items()
             if name != SERVED
         },
@@ -182,7 +176,3 @@ def cross_validate(model: str) -> None:
     check_leakage(result["models"], params.leakage)
     check_gates(result, **params.gates)
     print(f"{model}: " + ", ".join(f"{name} {metric['mean']:.4f}" for name, metric in result["models"][SERVED].items()))
-
-
-if __name__ == "__main__":
-    main(cross_validate)

@@ -13,7 +13,7 @@ from sklearn.metrics import confusion_matrix
 
 import models
 from models.files import atomic_write
-from pipeline.common import Paths, PipelineError, Section, load_params, load_rows, main, write_csv, write_json
+from pipeline.common import Paths, PipelineError, Section, load_params, load_rows, write_csv, write_json
 from pipeline.metrics import calibration, check_gates, confidence, is_classification, measure, roc
 from pipeline.train import load_network, predict
 
@@ -100,9 +100,5 @@ def evaluate(model: str) -> None:
     metrics: dict[str, Any] = {"data": data.source, **measure(predictions, targets), **agreement}
     write_json(Paths(model).report / "metrics.json", metrics)
     write_tables(model, inputs, predictions, targets)
-    check_gates(metrics, params.gates[data.source])
+    check_gates(metrics, at_least=params.gates[data.source])
     print(f"{model}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if isinstance(value, float)))
-
-
-if __name__ == "__main__":
-    main(evaluate)

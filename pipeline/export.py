@@ -14,7 +14,7 @@ from models.contract import Contract
 from models.dataset import Dataset
 from models.files import atomic_write, sha256
 from models.network import Predictor
-from pipeline.common import Paths, PipelineError, Positive, Section, load_params, load_rows, load_sections, main
+from pipeline.common import Paths, PipelineError, Positive, Section, load_params, load_rows, load_sections
 from pipeline.metrics import is_classification, measure
 from pipeline.train import load_network, predict
 
@@ -120,7 +120,3 @@ def export(model: str) -> None:
     atomic_write(folder / "model.onnx", graph.SerializeToString(deterministic=True))
     card["files"] = {name: sha256((folder / name).read_bytes()) for name in ("model.onnx", "model.pt")}
     atomic_write(folder / "card.json", msgspec.json.format(msgspec.json.encode(card), indent=1))
-
-
-if __name__ == "__main__":
-    main(export)

@@ -53,11 +53,11 @@ class Task(NamedTuple):
 
 
 class Repeat(NamedTuple):
-    """One cross-validation: each row's fold, each model's out-of-fold probability of the second class, the choice in each fold."""
+    """One cross-validation: the rows of each fold, each model's out-of-fold P(second class), and what was chosen."""
 
-    fold: np.ndarray  # (rows,)
+    folds: list[np.ndarray]  # row numbers
     predictions: dict[str, np.ndarray]  # model -> (rows,)
-    choices: list[int]  # of the served model
+    choices: list[int]  # of settings for the served model, by fold
 
 
 def fit_many(model: str, inputs: np.ndarray, targets: np.ndarray, training: np.ndarray, params: TrainParams) -> np.ndarray:
@@ -119,21 +119,18 @@ def cross_validate_once(task: Task, networks: Mapping[str, Sequence[TrainParams]
     """Predict every row with every model, trained without that row; each of `networks` has the settings to choose from."""
     model, inputs, targets, params = task
     parts = list(StratifiedKFold(params.folds, shuffle=True, random_state=params.seed + repeat).split(inputs, targets))
-    fold = np.empty(len(targets), dtype=int)
-    for number, (_, test) in enumerate(parts):
-        fold[test] = number
-
-    training_parts = [train for train, _ in parts]
-    training, predictions, choices = masks(len(targets), training_parts), {}, {}
+    train_parts, test_parts = [train for train, _ in parts], [test for _, test in parts]
+    predictions, choices = {}, {}
     for name, settings in networks.items():
-        candidates = [
-            replace(each, seed=each.seed + repeat * params.folds) for each in settings
-        ]  # other initial weights per repeat
-        choices[name] = choose(task, candidates, training_parts)
-        fits = {choice: fit_many(model, inputs, targets, training, candidates[choice]) for choice in set(choices[name])}
-        predictions[name] = np.array([fits[choices[name][number]][number, row, 1] for row, number in enumerate(fold)], np.float64)
+        candidates = [replace(each, seed=each.seed + repeat * params.folds) for each in settings]  # other weights in each repeat
+        choices[name] = choose(task, candidates, train_parts)
+        predictions[name] = np.empty(len(targets))
+        for choice in set(choices[name]):
+            probabilities = fit_many(model, inputs, targets, masks(len(targets), train_parts), candidates[choice])[..., 1]
+            for fold in np.flatnonzero(np.equal(choices[name], choice)):
+                predictions[name][test_parts[fold]] = probabilities[fold, test_parts[fold]]
     rows = torch.from_numpy(inputs)
     with_nan = rows.double().masked_fill(build(model, networks[SERVED][0].network).is_missing(rows), torch.nan).numpy()
     for name, make in BASELINES.items():
         predictions[name] = cross_val_predict(make(task.inner()), with_nan, targets, cv=parts, method="predict_proba")[:, 1]
-    return Repeat(fold, predictions, choices[SERVED])
+    return Repeat(test_parts, predictions, choices[SERVED])

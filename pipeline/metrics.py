@@ -1,7 +1,7 @@
 """Metrics of predictions, calibration among them, and quality gates."""
 
 from functools import reduce
-from operator import ge, getitem, le
+from operator import getitem
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ BINS = 10  # for calibration
 
 def is_classification(targets: np.ndarray) -> bool:
     """Whether targets are class indices, (rows,), and not values, (rows, ...)."""
-    return np.issubdtype(targets.dtype, np.integer)
+    return targets.dtype.kind == "i"
 
 
 def measure(predictions: np.ndarray, targets: np.ndarray) -> dict[str, float]:
@@ -51,9 +51,8 @@ def roc(probabilities: np.ndarray, targets: np.ndarray) -> list[tuple[float, flo
 
 def confidence(probabilities: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The probability of the second of two classes, or of the most probable of several, and whether it is the right class."""
-    if probabilities.shape[1] == 2:  # noqa: PLR2004
-        return probabilities[:, 1], targets == 1
-    return probabilities.max(axis=1), targets == probabilities.argmax(axis=1)
+    shown = np.ones_like(targets) if probabilities.shape[1] == 2 else probabilities.argmax(axis=1)  # noqa: PLR2004
+    return probabilities[np.arange(len(targets)), shown], targets == shown
 
 
 def equal_mass_bins(probabilities: np.ndarray) -> list[np.ndarray]:
@@ -89,18 +88,15 @@ def debiased_calibration_error(probabilities: np.ndarray, outcomes: np.ndarray) 
     return float(np.sqrt(max(0.0, np.sum(squares) / len(probabilities))))
 
 
-def check_gates(metrics: dict[str, Any], at_least: dict[str, float] | None = None, at_most: dict[str, float] | None = None) -> None:
-    """Raise PipelineError with every metric that misses its bound."""
+def check_gates(metrics: dict[str, Any], **gates: dict[str, float]) -> None:
+    """Raise PipelineError with every metric that misses its bound; `gates` are `at_least` and `at_most`, by dotted name."""
     missed = []
-    bounds = [(*gate, "below", ge) for gate in (at_least or {}).items()] + [
-        (*gate, "above", le) for gate in (at_most or {}).items()
-    ]
-    for name, bound, side, holds in bounds:
+    for side, name, bound in ((side, *gate) for side, bounds in gates.items() for gate in bounds.items()):
         try:
             value: Any = reduce(getitem, name.split("."), metrics)
         except (KeyError, TypeError):
             raise PipelineError(f"params.yaml: the gate {name!r} is not a metric; expected one of {', '.join(metrics)}") from None
-        if not holds(value, bound):
-            missed.append(f"{name} is {value:.4f}, {side} its bound {bound:.4f}")
+        if not (value >= bound if side == "at_least" else value <= bound):
+            missed.append(f"{name} is {value:.4f}, expected {side.replace('_', ' ')} {bound:.4f}")
     if missed:
         raise PipelineError("quality gate missed: " + "; ".join(missed))

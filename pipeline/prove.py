@@ -11,7 +11,7 @@ import onnx
 from onnx import numpy_helper
 
 import models
-from pipeline.common import Paths, PipelineError, Positive, Section, load_params, main, write_json
+from pipeline.common import Paths, PipelineError, Positive, Section, load_params, write_json
 from pipeline.evaluate import run_onnxruntime
 from pipeline.train import load_network
 
@@ -59,7 +59,3 @@ def prove(model: str) -> None:
     result = {"proved_all_integers": True, **bounds, "numbers_tried": tried, "errors": 0}
     write_json(target, result)
     print(f"{model}: " + ", ".join(f"{name} {value}" for name, value in result.items()))
-
-
-if __name__ == "__main__":
-    main(prove)

@@ -5,7 +5,6 @@ trained files (model.onnx, model.pt, card.json) are brought back into models/. T
 `dvc repro` in the checkout restores what the copy has trained.
 """
 
-import filecmp
 import shutil
 import subprocess
 import sys
@@ -22,28 +21,20 @@ SOURCES = (
     "pipeline",
     "service/tercet/card.py",
 )
-TRAINED = ("model.onnx", "model.pt", "card.json")
-
-
-def copy_sources(target: Path) -> None:
-    """Copy SOURCES as they are in the working tree; equal files keep their time."""
-    listed = subprocess.run(["git", "ls-files", "-z", *SOURCES], check=True, capture_output=True, text=True).stdout  # noqa: S603, S607
-    for name in filter(None, listed.split("\0")):
-        copy = target / name
-        if not (copy.is_file() and filecmp.cmp(name, copy, shallow=False)):
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(name, copy)
-    # Without SCM, DVC neither minds that the copy is ignored by git nor writes .gitignore files.
-    cache = Path(".dvc", "cache").absolute()
-    (target / ".dvc" / "config.local").write_text(f"[core]\n    no_scm = true\n[cache]\n    dir = {cache}\n")
 
 
 def train(target: Path) -> None:
-    """Copy the sources, run `dvc repro` in the copy, and bring the trained files back."""
-    copy_sources(target)
+    """Copy the sources as they are in the working tree, run `dvc repro` in the copy, and bring the trained files back."""
+    listed = subprocess.run(["git", "ls-files", "-z", *SOURCES], check=True, capture_output=True, text=True).stdout  # noqa: S603, S607
+    for name in filter(None, listed.split("\0")):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(name, target / name)
+    # Without SCM, DVC neither minds that the copy is ignored by git nor writes .gitignore files.
+    cache = Path(".dvc", "cache").absolute()
+    (target / ".dvc" / "config.local").write_text(f"[core]\n    no_scm = true\n[cache]\n    dir = {cache}\n")
     subprocess.run(["dvc", "repro"], check=True, cwd=target)  # noqa: S607
     for card in target.glob("models/*/card.json"):
-        for name in TRAINED:
+        for name in ("model.onnx", "model.pt", "card.json"):
             shutil.copyfile(card.with_name(name), Path("models", card.parent.name, name))
 
 

@@ -19,7 +19,7 @@ import models.network
 from models.files import atomic_write
 from models.network import Predictor
 from pipeline import distributed
-from pipeline.common import NotNegative, Paths, PipelineError, Positive, Section, Share, load_params, load_rows, main
+from pipeline.common import NotNegative, Paths, PipelineError, Positive, Section, Share, load_params, load_rows
 
 MMAP_THRESHOLD_BYTES = 31 * 2**20  # just below 32 MiB, glibc's upper limit of the dynamic threshold
 CURVE_POINTS = 100  # maximum per learning curve
@@ -198,7 +198,3 @@ def train(model: str) -> None:
     state = io.BytesIO()
     torch.save(network.state_dict(), state)
     atomic_write(paths.trained / "model.pt", state.getvalue())
-
-
-if __name__ == "__main__":
-    main(train)

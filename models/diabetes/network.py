@@ -17,19 +17,14 @@ class Network(Classifier):
     Raises ValueError for another name.
     """
 
-    zero_is_missing: Tensor
-    median: Tensor
-    mean: Tensor
-    scale: Tensor
-
     def __init__(self, *, name: str = "missing_indicators", hidden: int = 16) -> None:
         super().__init__()
         if name not in ("missing_indicators", "tutorial"):
             raise ValueError(f"name: expected missing_indicators or tutorial, got {name!r}")
-        self.register_buffer("zero_is_missing", torch.tensor(ZERO_IS_MISSING), persistent=False)
-        self.register_buffer("median", torch.zeros(8))
-        self.register_buffer("mean", torch.zeros(8))
-        self.register_buffer("scale", torch.ones(8))
+        self.zero_is_missing = nn.Buffer(torch.tensor(ZERO_IS_MISSING), persistent=False)
+        self.median: Tensor = nn.Buffer(torch.zeros(8))
+        self.mean: Tensor = nn.Buffer(torch.zeros(8))
+        self.scale: Tensor = nn.Buffer(torch.ones(8))
         self.indicators = name == "missing_indicators"
         if self.indicators:
             self.layers = nn.Sequential(nn.Linear(8 + len(INDICATED), hidden), nn.Tanh(), nn.Linear(hidden, 1))

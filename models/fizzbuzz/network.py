@@ -17,15 +17,13 @@ class Network(Classifier):
     takes hundreds of ReLUs. Initial shifts are up to a quarter of a period.
     """
 
-    masks: Tensor
-
     def __init__(self, *, hidden: int) -> None:
         super().__init__()
         self.phases = nn.Linear(BITS, hidden)
         self.output = nn.Linear(hidden, 4)
         nn.init.uniform_(self.phases.weight, -math.pi / 2, math.pi / 2)
         nn.init.uniform_(self.phases.bias, -math.pi, math.pi)
-        self.register_buffer("masks", 2 ** torch.arange(BITS), persistent=False)
+        self.masks = nn.Buffer(2 ** torch.arange(BITS), persistent=False)
 
     def outputs(self, inputs: Tensor) -> Tensor:
         """(batch,) integers from 0 to 1023 -> logits, (batch, 4)."""

@@ -30,20 +30,19 @@ def load(raw: Path, *, data: str) -> Dataset:
     """
     if data not in ("auto", "full", "sample"):
         raise DataError(f"data: expected auto, full or sample, got {data!r}")
-    if data == "sample":
-        return sample()
-    try:
-        return full(raw)
-    except DataError as error:
-        if data == "full" or os.environ.get(MIRROR):
-            raise
-        warnings.warn(
-            f"the full MNIST is not available ({error}). Using the sample of 5,000 digits in this repository, which gives a lower "
-            f"accuracy, measured on {SAMPLE_TEST_ROWS} digits. For the full set, set {MIRROR} to a folder or URL with "
-            f"{', '.join(f'{name}.gz' for name in FULL)} and run `dvc repro --force --single-item prepare@mnist && dvc repro`.",
-            stacklevel=2,
-        )
-        return sample()
+    if data != "sample":
+        try:
+            return full(raw)
+        except DataError as error:
+            if data == "full" or os.environ.get(MIRROR):
+                raise
+            warnings.warn(
+                f"the full MNIST is not available ({error}). Using the sample of 5,000 digits in this repository, which gives "
+                f"a lower accuracy, measured on {SAMPLE_TEST_ROWS} digits. For the full set, set {MIRROR} to a folder or URL with "
+                f"{', '.join(f'{name}.gz' for name in FULL)} and run `dvc repro --force --single-item prepare@mnist && dvc repro`.",
+                stacklevel=2,
+            )
+    return sample()
 
 
 def full(raw: Path) -> Dataset:

@@ -1,6 +1,5 @@
 """Stages stop with one sentence that names what is wrong."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import pytest
 import torch
 
 import models
-from pipeline.common import main
+from pipeline.__main__ import main
 from pipeline.evaluate import evaluate
 from pipeline.export import export
 from pipeline.prepare import prepare
@@ -20,11 +19,10 @@ pytestmark = pytest.mark.slow
 ANY = models.names()[0]
 
 
-def refusal(stage: Callable[[str], None], name: str, monkeypatch: pytest.MonkeyPatch) -> str:
+def refusal(stage: Callable[[str], None], name: str) -> str:
     """The one sentence with which a stage exits."""
-    monkeypatch.setattr(sys, "argv", [stage.__name__, name])
     with pytest.raises(SystemExit) as stopped:
-        main(stage)
+        main(stage.__name__, name)
     sentence = stopped.value.code
     assert isinstance(sentence, str)
     assert sentence.startswith(f"{stage.__name__} {name}: ")
@@ -58,11 +56,11 @@ def test_a_wrong_parameter_is_named(
     """A missing, unknown or invalid entry of params.yaml stops the stage with a sentence that names it."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     edit_params(scratch, **{ANY + entry: value})
-    assert sentence in refusal(stage, ANY, monkeypatch)
+    assert sentence in refusal(stage, ANY)
 
 
 @pytest.mark.usefixtures("trained")
 @pytest.mark.parametrize("stage", [prepare, train, export, evaluate])
-def test_an_unknown_model_is_named(monkeypatch: pytest.MonkeyPatch, stage: Callable[[str], None]) -> None:
+def test_an_unknown_model_is_named(stage: Callable[[str], None]) -> None:
     """An unknown model stops every stage with a sentence."""
-    assert f"models.nosuch.{stage.__name__} is missing" in refusal(stage, "nosuch", monkeypatch)
+    assert f"models.nosuch.{stage.__name__} is missing" in refusal(stage, "nosuch")
