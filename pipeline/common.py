@@ -22,7 +22,7 @@ Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
 
 class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A stage's section of params.yaml; the fields are the keys that it may have."""
+    """A stage's section of params.yaml, the class `Params` of its module; the fields are the keys that it may have."""
 
 
 class PipelineError(Exception):

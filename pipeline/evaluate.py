@@ -28,8 +28,6 @@ HEADERS = {
 
 
 class Params(Section, frozen=True, kw_only=True):
-    """Section `evaluate` of params.yaml."""
-
     gates: dict[str, dict[str, float]]  # data set (full, sample) -> metric, dotted -> lower bound
 
 

@@ -22,8 +22,6 @@ EXAMPLES = 8  # first test rows in the card; the first row of each class is adde
 
 
 class Params(Section, frozen=True, kw_only=True):
-    """Section `export` of params.yaml."""
-
     opset: Positive
 
 
@@ -32,7 +30,7 @@ def to_onnx(network: Predictor, contract: Contract, example: torch.Tensor, opset
 
     `example` is an input batch of at least two rows. Raises PipelineError when the batch axis is fixed.
     """
-    program = torch.onnx.export(
+    model: onnx.ModelProto = torch.onnx.export(  # type: ignore[union-attr]
         network,
         (example,),
         dynamo=True,
@@ -42,9 +40,7 @@ def to_onnx(network: Predictor, contract: Contract, example: torch.Tensor, opset
         output_names=[contract.output.name],
         dynamic_shapes=({0: torch.export.Dim("batch")},),
         verbose=False,
-    )
-    assert program is not None  # noqa: S101  for the type checker; dynamo=True returns one
-    model: onnx.ModelProto = program.model_proto
+    ).model_proto
     graph = model.graph
     for value in (*graph.input, *graph.output):
         if not value.type.tensor_type.shape.dim[0].dim_param:

@@ -25,8 +25,6 @@ Folds = Annotated[int, msgspec.Meta(ge=2)]
 
 
 class Params(Section, frozen=True, kw_only=True):
-    """Section `cross_validate` of params.yaml."""
-
     seed: int = 0
     repeats: Positive
     folds: Folds = 10
@@ -48,7 +46,6 @@ class Task(NamedTuple):
     params: Params
 
     def inner(self) -> StratifiedKFold:
-        """The folds of a training part by which settings are chosen."""
         return StratifiedKFold(self.params.inner_folds, shuffle=True, random_state=self.params.seed)
 
 

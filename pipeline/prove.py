@@ -17,8 +17,6 @@ from pipeline.train import load_network
 
 
 class Params(Section, frozen=True, kw_only=True):
-    """Section `prove` of params.yaml."""
-
     seed: int
     samples: Positive  # random numbers that model.onnx is tried on
 
@@ -46,16 +44,13 @@ def try_samples(model: str, params: Params) -> int:
 
 def prove(model: str) -> None:
     """Stage: model.pt, model.onnx -> report/proof.json; fails, with a counterexample if there is one, when the proof fails."""
-    params = load_params(model, "prove", Params)
-    target = Paths(model).report / "proof.json"
+    params, target = load_params(model, "prove", Params), Paths(model).report / "proof.json"
     target.unlink(missing_ok=True)
     proof = models.load(model, "proof")
-    weights = load_weights(model, proof)
-    tried = try_samples(model, params)
     try:
-        bounds = proof.prove(weights)
+        weights, tried = load_weights(model, proof), try_samples(model, params)
+        result = {"proved_all_integers": True, **proof.prove(weights), "numbers_tried": tried, "errors": 0}
     except proof.NotProvedError as error:
         raise PipelineError(f"not proved: {error}") from error
-    result = {"proved_all_integers": True, **bounds, "numbers_tried": tried, "errors": 0}
     write_json(target, result)
     print(f"{model}: " + ", ".join(f"{name} {value}" for name, value in result.items()))

@@ -28,8 +28,6 @@ Point = dict[str, dict[str, float]]  # of the learning curves: train | validatio
 
 
 class Params(Section, frozen=True, kw_only=True):
-    """Section `train` of params.yaml."""
-
     seed: int
     device: Literal["auto", "cpu", "cuda"]
     epochs: NotNegative  # of gradient descent; 0 if the network's `solve` finds the weights
@@ -176,7 +174,7 @@ def fit(
     return network.cpu().eval()
 
 
-def record(live: Live, epoch: int, point: Point) -> None:
+def log_point(live: Live, epoch: int, point: Point) -> None:
     """Add a point to the learning curves on disk; a single point at epoch 0 is not a curve."""
     live.step = epoch
     for part, values in point.items():
@@ -194,7 +192,7 @@ def train(model: str) -> None:
             return
         with Live(str(paths.training), dvcyaml=False, save_dvc_exp=False) as live:
             (paths.training / "plots" / "metrics").mkdir(parents=True, exist_ok=True)  # DVC expects it even if it is empty
-            network = fit(model, data.train_inputs, data.train_targets, params, partial(record, live))
+            network = fit(model, data.train_inputs, data.train_targets, params, partial(log_point, live))
     state = io.BytesIO()
     torch.save(network.state_dict(), state)
     atomic_write(paths.trained / "model.pt", state.getvalue())
