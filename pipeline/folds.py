@@ -34,7 +34,7 @@ class Params(Section, frozen=True, kw_only=True):
     leakage: float = 1.0  # an AUC above it is rejected as suspected leakage
     gates: dict[Literal["at_least", "at_most"], dict[str, float]] = msgspec.field(
         default_factory=dict
-    )  # bounds by dotted name of a figure in the report
+    )  # by dotted name of a figure
 
 
 class Task(NamedTuple):

@@ -75,19 +75,15 @@ def build_optimizer(parameters: Iterable[Tensor], arguments: dict[str, Any]) -> 
     try:
         optimizer: torch.optim.Optimizer = getattr(torch.optim, options.pop("name"))(parameters, **options)
     except (KeyError, AttributeError, TypeError, ValueError) as error:
-        raise PipelineError(
-            f"optimizer: expected the name of a torch.optim class and its arguments, got {arguments}: {error}"
-        ) from error
+        raise PipelineError(f"optimizer: expected a class of torch.optim and its arguments, got {arguments}: {error}") from error
     return optimizer
 
 
 def schedule(optimizer: torch.optim.Optimizer, warmup: float, steps: int) -> LambdaLR:
     """Scale the learning rate: a linear rise during `warmup`, a share of all steps, then half a cosine to 0."""
-    rise = max(1, round(warmup * steps))
-    fall = max(1, steps - rise)
-    return LambdaLR(
-        optimizer, lambda step: (step + 1) / rise if step < rise else 0.5 * (1 + math.cos(math.pi * (step - rise) / fall))
-    )
+    up = max(1, round(warmup * steps))
+    down = max(1, steps - up)
+    return LambdaLR(optimizer, lambda step: (step + 1) / up if step < up else 0.5 * (1 + math.cos(math.pi * (step - up) / down)))
 
 
 def loss_of(outputs: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
