@@ -1,10 +1,10 @@
 """The form of a data set, and downloads that are verified by SHA-256 and written atomically."""
 
-import gzip
 import http.client
 import urllib.request
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from models.files import atomic_write, sha256
 
-SAMPLES = Path(__file__).parents[1] / "data" / "sample"
+SAMPLES = (Path(__file__).parents[1] / "data" / "sample").as_uri()
 TIMEOUT = 20.0  # seconds without a byte before the next mirror is tried
 
 
@@ -34,37 +34,21 @@ class Dataset(NamedTuple):
     source: str
 
 
-def verify(content: bytes, expected: str, origin: str) -> bytes:
-    """Return `content` if `expected` is its SHA-256, else raise DataError with both checksums."""
-    if (actual := sha256(content)) != expected:
-        raise DataError(f"{origin} is damaged: expected SHA-256 {expected}, got {actual}")
-    return content
+def read(url: str, expected: str) -> bytes:
+    """The bytes at an http, https or file URL, uncompressed if they are a gzip file.
 
-
-def read_sample(path: Path, expected: str) -> bytes:
-    """Read a data file of the repository, uncompressed and verified. Raises DataError when it is missing or damaged."""
-    try:
-        content = path.read_bytes()
-        return verify(gzip.decompress(content) if path.suffix == ".gz" else content, expected, str(path))
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"cannot read {path}: {error}; restore it with `git checkout {path}`") from error
-
-
-def download(url: str, expected: str) -> bytes:
-    """Read a gzip file from an http, https or file URL and return its uncompressed bytes.
-
-    Raises DataError when it cannot be read, or `expected` is not the SHA-256 of the uncompressed bytes.
+    Raises DataError when they cannot be read, or `expected` is not the SHA-256 of the uncompressed bytes.
     """
     try:
         with urllib.request.urlopen(url, timeout=TIMEOUT) as response:  # noqa: S310  a mirror may be a folder
-            content = response.read()
+            content: bytes = response.read()
     except (OSError, ValueError, http.client.HTTPException) as error:  # the last when the connection breaks
         raise DataError(f"cannot read {url}: {error}") from error
-    try:
+    with suppress(zlib.error):  # not a gzip file
         content = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16).decompress(content)
-    except zlib.error:
-        return verify(content, expected, f"{url} (not a gzip file)")
-    return verify(content, expected, url)
+    if (actual := sha256(content)) != expected:
+        raise DataError(f"{url} is damaged: expected SHA-256 {expected}, got {actual}")
+    return content
 
 
 def fetch(target: Path, expected: str, mirrors: Sequence[str]) -> bytes:
@@ -77,10 +61,9 @@ def fetch(target: Path, expected: str, mirrors: Sequence[str]) -> bytes:
     problems = []
     for mirror in mirrors:
         try:
-            content = download(f"{mirror.rstrip('/')}/{target.name}.gz", expected)
+            atomic_write(target, content := read(f"{mirror.rstrip('/')}/{target.name}.gz", expected))
         except DataError as error:
             problems.append(str(error))
         else:
-            atomic_write(target, content)
             return content
-    raise DataError("; ".join(problems) or f"{target} is missing, and there is no mirror to download it from")
+    raise DataError("; ".join(problems))

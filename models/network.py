@@ -11,8 +11,7 @@ import models
 class Predictor(nn.Module):
     """A network that predicts values from raw inputs; it is trained with the mean squared error.
 
-    A subclass is called `Network`, is defined in `models/<name>/network.py` and is built by `build`. It implements `outputs`, and
-    where needed `adapt` (preprocessing fitted to the data), `augment` (random variations) and `solve` (weights without gradients).
+    A subclass is called `Network` and is defined in `models/<name>/network.py`. It implements `outputs` and what else it needs.
     """
 
     def is_missing(self, inputs: Tensor) -> Tensor:
@@ -30,27 +29,20 @@ class Predictor(nn.Module):
         return inputs
 
     def outputs(self, inputs: Tensor) -> Tensor:
-        """(batch, ...) inputs as the contract describes them -> what the loss is computed from, (batch, *output shape)."""
+        """(batch, ...) inputs as the contract describes them -> values or logits for the loss, (batch, *output)."""
         raise NotImplementedError
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """(batch, ...) -> predictions, (batch, *output shape)."""
+        """(batch, ...) -> predictions, (batch, *output)."""
         return self.outputs(inputs)
 
 
 class Classifier(Predictor):
-    """A network that predicts class probabilities; it implements `logits` and is trained with the cross entropy."""
-
-    def logits(self, inputs: Tensor) -> Tensor:
-        """(batch, ...) inputs as the contract describes them -> unnormalised log-probabilities, (batch, classes)."""
-        raise NotImplementedError
-
-    def outputs(self, inputs: Tensor) -> Tensor:
-        return self.logits(inputs)
+    """A network whose `outputs` are logits and whose predictions are probabilities; it is trained with the cross entropy."""
 
     def forward(self, inputs: Tensor) -> Tensor:
         """(batch, ...) -> probabilities, (batch, classes); each row sums to one."""
-        return torch.softmax(self.logits(inputs), dim=1)
+        return torch.softmax(self.outputs(inputs), dim=1)
 
 
 class Outputs(nn.Module):
@@ -69,6 +61,5 @@ def build(model: str, network: str | dict[str, Any]) -> Predictor:
 
     Raises models.UnknownModelError, and TypeError or ValueError when the network does not accept these keywords.
     """
-    keywords = {"name": network} if isinstance(network, str) else network
-    built: Predictor = models.load(model, "network").Network(**keywords)
+    built: Predictor = models.load(model, "network").Network(**({"name": network} if isinstance(network, str) else network))
     return built

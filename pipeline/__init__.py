@@ -1,4 +1,4 @@
-"""From raw data to a verified model: one module per DVC stage, `python -m pipeline.<stage> <model>`."""
+"""From raw data to a verified model: one module per DVC stage, `python -m pipeline STAGE MODEL`."""
 
 import os
 

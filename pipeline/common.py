@@ -1,20 +1,16 @@
-"""What all stages share: paths, parameters, prepared rows, small files, and error messages."""
+"""What all stages share: paths, parameters, prepared rows and small files."""
 
 import csv
 import io
 import json
-import sys
-import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import msgspec
 import numpy as np
-import yaml
 
-import models
-from models.dataset import DataError, Dataset
+from models.dataset import Dataset
 from models.files import atomic_write
 
 T = TypeVar("T")
@@ -26,36 +22,27 @@ Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
 
 class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A stage's section of params.yaml; the fields are the keys that it may have."""
+    """A stage's section of params.yaml, the class `Params` of its module; the fields are the keys that it may have."""
 
 
 class PipelineError(Exception):
     """A stage cannot continue; the message is shown to the user without a traceback."""
 
 
+def load_sections(model: str) -> dict[str, Any]:
+    """All sections of a model in params.yaml; none when it has no such model."""
+    sections: dict[str, Any] = msgspec.yaml.decode(PARAMS.read_bytes())["models"].get(model, {})
+    return sections
+
+
 def load_params(model: str, section: str, kind: type[T]) -> T:
-    """Read `models.<model>.<section>` of params.yaml as `kind`.
-
-    Raises PipelineError when the file, the model, the section or a key is missing, unknown or of the wrong type.
-    """
+    """Read `models.<model>.<section>` of params.yaml. Raises PipelineError when it is missing or not a valid `kind`."""
     try:
-        tree = yaml.safe_load(PARAMS.read_text())
-        for depth, key in enumerate(path := ["models", model, section]):
-            if not isinstance(tree, dict) or key not in tree:
-                raise PipelineError(f"{PARAMS}: the entry {'.'.join(path[: depth + 1])} is missing")
-            tree = tree[key]
-        return msgspec.convert(tree, kind)
-    except FileNotFoundError:
-        raise PipelineError(f"{PARAMS} is missing: run the pipeline in the folder that contains it") from None
-    except yaml.YAMLError as error:
-        raise PipelineError(f"{PARAMS} is not valid YAML: {error}") from error
-    except msgspec.ValidationError as error:
+        return msgspec.convert(load_sections(model)[section], kind)
+    except KeyError:
+        raise PipelineError(f"{PARAMS}: the entry models.{model}.{section} is missing") from None
+    except msgspec.DecodeError as error:
         raise PipelineError(f"{PARAMS}: models.{model}.{section}: {error}") from error
-
-
-def has_section(model: str, section: str) -> bool:
-    """Whether params.yaml has the entry `models.<model>.<section>`, and it is not empty."""
-    return bool(yaml.safe_load(PARAMS.read_text())["models"][model].get(section))
 
 
 class Paths:
@@ -70,12 +57,9 @@ class Paths:
 
 
 def load_rows(model: str) -> Dataset:
-    """The prepared rows. Raises PipelineError when `prepare` has not run."""
-    try:
-        with np.load(Paths(model).prepared) as rows:
-            return Dataset(**{**rows, "source": str(rows["source"])})
-    except FileNotFoundError:
-        raise PipelineError(f"{Paths(model).prepared} is missing: run `dvc repro`") from None
+    """The prepared rows, which `prepare` has written."""
+    with np.load(Paths(model).prepared) as rows:
+        return Dataset(**{**rows, "source": str(rows["source"])})
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -87,14 +71,3 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([header, *rows])
     atomic_write(path, text.getvalue().encode())
-
-
-def main(stage: Callable[[str], None]) -> None:
-    """Run a stage for the model named on the command line; on a PipelineError print its message and exit with 1."""
-    if len(sys.argv) != 2:  # noqa: PLR2004
-        sys.exit(f"usage: python -m pipeline.{stage.__name__} MODEL, where MODEL is one of {', '.join(models.names())}")
-    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
-    try:
-        stage(sys.argv[1])
-    except (PipelineError, DataError, models.UnknownModelError) as error:
-        sys.exit(f"{stage.__name__} {sys.argv[1]}: {error}")

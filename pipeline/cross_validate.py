@@ -13,7 +13,7 @@ average ECE that these probabilities would have if they were the true ones.
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -24,65 +24,38 @@ from sklearn.metrics import accuracy_score, brier_score_loss, log_loss, roc_auc_
 from tqdm import tqdm
 
 from models.dataset import Dataset
-from pipeline.common import Paths, PipelineError, Positive, Section, load_params, load_rows, main, write_csv, write_json
-from pipeline.folds import SERVED, Repeat, Task, choose, cross_validate_once
+from pipeline.common import Paths, PipelineError, load_params, load_rows, write_csv, write_json
+from pipeline.folds import SERVED, Changes, Params, Repeat, Task, choose, cross_validate_once
 from pipeline.metrics import calibration, calibration_error, check_gates, debiased_calibration_error
 from pipeline.train import Params as TrainParams
 
 DRAWS = 200  # of outcomes, for `ece_if_calibrated`
-
-Changes = dict[str, Any]  # of the section `train` of params.yaml
-
-
-class Gates(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Bounds by dotted name of a figure in the report."""
-
-    at_least: dict[str, float] = msgspec.field(default_factory=dict)
-    at_most: dict[str, float] = msgspec.field(default_factory=dict)
-
-
-class Params(Section, frozen=True, kw_only=True):
-    """Section `cross_validate` of params.yaml."""
-
-    seed: int = 0
-    repeats: Positive
-    folds: Positive = 10
-    inner_folds: Positive = 5
-    choices: tuple[Changes, ...] = ()  # changes of `train` among which the inner cross-validation chooses
-    baselines: dict[str, Changes] = msgspec.field(default_factory=dict)  # name -> changes of `train`; baselines.py has more
-    leakage: float = 1.0  # an AUC above it is rejected as suspected leakage
-    gates: Gates = Gates()
-
-
-def merge(settings: dict[str, Any], changes: Changes) -> dict[str, Any]:
-    """`settings` with `changes`, key by key where both are mappings."""
-    merged = dict(settings)
-    for key, value in changes.items():
-        old = merged.get(key)
-        merged[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-    return merged
+METRICS = {  # of the probabilities of the second class in one fold
+    "auc": roc_auc_score,
+    "log_loss": log_loss,
+    "brier": brier_score_loss,
+    "accuracy": lambda targets, predictions: accuracy_score(targets, predictions > 0.5),  # noqa: PLR2004
+}
 
 
 def settings(model: str, changes: Changes) -> TrainParams:
-    """The section `train` with changes. Raises PipelineError when the result is not valid."""
+    """The section `train` with changes, of single keys where both are mappings. Raises PipelineError when it is not valid."""
+    train = load_params(model, "train", dict[str, Any])
+    for key, value in changes.items():
+        old = train.get(key)
+        train[key] = {**old, **value} if isinstance(old, dict) and isinstance(value, dict) else value
     try:
-        return msgspec.convert(merge(load_params(model, "train", dict[str, Any]), changes), TrainParams)
+        return msgspec.convert(train, TrainParams)
     except msgspec.ValidationError as error:
         raise PipelineError(f"params.yaml: models.{model}.cross_validate: train with {changes} is not valid: {error}") from error
 
 
-def measure_folds(repeat: Repeat, name: str, targets: np.ndarray) -> list[dict[str, float]]:
-    """The metrics of a model in each outer fold."""
-    folds = [repeat.fold == number for number in range(repeat.fold.max() + 1)]
-    return [
-        {
-            "auc": float(roc_auc_score(truth, predictions)),
-            "log_loss": float(log_loss(truth, predictions)),
-            "brier": float(brier_score_loss(truth, predictions)),
-            "accuracy": float(accuracy_score(truth, predictions > 0.5)),  # noqa: PLR2004
-        }
-        for truth, predictions in ((targets[rows], repeat.predictions[name][rows]) for rows in folds)
-    ]
+def measure_folds(repeats: Sequence[Repeat], name: str, targets: np.ndarray) -> dict[str, np.ndarray]:
+    """Each metric of a model in each outer fold, (repeats, folds)."""
+    return {
+        key: np.array([[metric(targets[rows], each.predictions[name][rows]) for rows in each.folds] for each in repeats])
+        for key, metric in METRICS.items()
+    }
 
 
 def measure_calibration(predictions: np.ndarray, targets: np.ndarray) -> dict[str, Any]:
@@ -104,39 +77,39 @@ def spread(values: np.ndarray) -> dict[str, float]:
     return {"mean": float(values.mean()), **std, **fold_std}
 
 
-def interval(differences: np.ndarray, folds: int) -> dict[str, float]:
-    """Mean and 95 % interval of paired differences, one per outer fold of all repeats, by the corrected resampled t test.
+def interval(differences: np.ndarray) -> dict[str, float]:
+    """Mean and 95 % interval of paired differences, (repeats, folds), by the corrected resampled t test.
 
     Folds share training rows, so the variance of the mean is that of a fold times (1 / folds in all + test rows / training rows)
     (Nadeau and Bengio, "Inference for the generalization error", Machine Learning 52, 2003).
     """
-    count = differences.size
+    count, folds, mean = differences.size, differences.shape[1], float(differences.mean())
     error = np.sqrt((1 / count + 1 / (folds - 1)) * differences.var(ddof=1))  # a fold is 1 / (folds - 1) of its training rows
-    width = student.ppf(0.975, count - 1) * error
-    return {"mean": float(differences.mean()), "low": float(differences.mean() - width), "high": float(differences.mean() + width)}
+    width = float(student.ppf(0.975, count - 1) * error)
+    return {"mean": mean, "low": mean - width, "high": mean + width}
 
 
 def report(repeats: Sequence[Repeat], targets: np.ndarray) -> dict[str, Any]:
     """The metrics of each model, and the difference of the served model from each other (positive: the served one has more)."""
-    per_fold: dict[str, dict[str, np.ndarray]] = {}  # model -> metric -> (repeats, folds)
-    models: dict[str, Any] = {}
-    for name in repeats[0].predictions:
-        folds = [measure_folds(repeat, name, targets) for repeat in repeats]
-        per_fold[name] = {key: np.array([[fold[key] for fold in repeat] for repeat in folds]) for key in folds[0][0]}
-        predictions = np.array([repeat.predictions[name] for repeat in repeats])  # (repeats, rows)
-        models[name] = {key: spread(values) for key, values in per_fold[name].items()} | measure_calibration(predictions, targets)
-    count = repeats[0].fold.max() + 1
-    differences = {
-        name: {key: interval(per_fold[SERVED][key] - values, count) for key, values in metrics.items()}
-        for name, metrics in per_fold.items()
-        if name != SERVED
+    per_fold = {name: measure_folds(repeats, name, targets) for name in repeats[0].predictions}
+    served = per_fold[SERVED]
+    return {
+        "models": {
+            name: {key: spread(values) for key, values in metrics.items()}
+            | measure_calibration(np.array([repeat.predictions[name] for repeat in repeats]), targets)
+            for name, metrics in per_fold.items()
+        },
+        "difference_from": {
+            name: {key: interval(served[key] - values) for key, values in metrics.items()}
+            for name, metrics in per_fold.items()
+            if name != SERVED
+        },
     }
-    return {"models": models, "difference_from": differences}
 
 
-def check_leakage(report: dict[str, Any], bound: float) -> None:
+def check_leakage(models: Mapping[str, Any], bound: float) -> None:
     """Raise PipelineError when a model separates the classes better than is plausible."""
-    name, auc = max(((name, metrics["auc"]["mean"]) for name, metrics in report["models"].items()), key=lambda pair: pair[1])
+    auc, name = max((metrics["auc"]["mean"], name) for name, metrics in models.items())
     if not auc <= bound:
         raise PipelineError(
             f"suspected leakage: the AUC of {name!r} is {auc:.3f}, and above {bound:.3f} is not plausible; "
@@ -153,42 +126,38 @@ def build_task(model: str, params: Params, data: Dataset) -> Task:
     rarest = int(np.bincount(targets).min())
     remaining = rarest - math.ceil(rarest / params.folds)  # of the rarer class in an outer training part, at least
     for name, folds, maximum in (("folds", params.folds, rarest), ("inner_folds", params.inner_folds, remaining)):
-        if not 2 <= folds <= maximum:  # noqa: PLR2004
-            raise PipelineError(
-                f"params.yaml: models.{model}.cross_validate.{name}: expected 2 to {maximum}, so that each fold has both classes, "
-                f"got {folds}"
-            )
-    baselines = {name: settings(model, changes) for name, changes in params.baselines.items()}
-    return Task(model, inputs, targets, params.folds, params.inner_folds, params.seed, baselines)
+        if folds > maximum:
+            raise PipelineError(f"params.yaml: models.{model}.cross_validate.{name}: expected 2 to {maximum}, got {folds}")
+    return Task(model, inputs, targets, params)
 
 
-def choose_candidates(task: Task, choices: Sequence[Changes], training_rows: int) -> tuple[list[TrainParams], str]:
+def choose_candidates(task: Task, training_rows: int) -> tuple[list[TrainParams], str]:
     """The settings from which those of the served model are chosen, and what chooses them.
 
     They are `choices` if an inner cross-validation of the training rows, the first of all rows, chooses the settings of `train`.
     Otherwise those were chosen by hand, and only they are judged.
     """
-    train = settings(task.model, {})
+    train, choices = settings(task.model, {}), task.params.choices
     candidates = [settings(task.model, changes) for changes in choices]
-    if train not in candidates:
-        return [train], "params.yaml"
-    best = choose(task, candidates, [np.arange(training_rows)])[0]
-    if candidates[best] != train:
+    if train in candidates:
+        best = choose(task, candidates, [np.arange(training_rows)])[0]
+        if candidates[best] == train:
+            return candidates, "inner cross-validation"
         warnings.warn(
             f"params.yaml: models.{task.model}.train is not what the inner cross-validation of the training rows would choose, "
             f"{choices[best]}; it is judged as it is",
             stacklevel=2,
         )
-        return [train], "params.yaml"
-    return candidates, "inner cross-validation"
+    return [train], "params.yaml"
 
 
 def cross_validate(model: str) -> None:
     """Stage: prepared rows -> cross_validation.json and a plot; fails when leakage is suspected or a gate is missed."""
     params, data = load_params(model, "cross_validate", Params), load_rows(model)
     task = build_task(model, params, data)
-    candidates, chosen_by = choose_candidates(task, params.choices, len(data.train_inputs))
-    jobs = (delayed(cross_validate_once)(task, candidates, repeat) for repeat in range(params.repeats))
+    candidates, chosen_by = choose_candidates(task, len(data.train_inputs))
+    networks = {SERVED: candidates, **{name: [settings(model, changes)] for name, changes in params.baselines.items()}}
+    jobs = (delayed(cross_validate_once)(task, networks, repeat) for repeat in range(params.repeats))
     done = Parallel(n_jobs=min(params.repeats, cpu_count()), return_as="generator")(jobs)
     repeats = list(tqdm(done, desc=f"cross_validate {model}", unit="repeat", total=params.repeats))
     chosen = [choice for repeat in repeats for choice in repeat.choices]
@@ -204,10 +173,6 @@ def cross_validate(model: str) -> None:
     predictions = np.concatenate([repeat.predictions[SERVED] for repeat in repeats])
     points = calibration(predictions, np.tile(task.targets, len(repeats)))
     write_csv(Paths(model).training / "calibration.csv", ("predicted", "observed", "rows"), points)
-    check_leakage(result, params.leakage)
-    check_gates(result, params.gates.at_least, params.gates.at_most)
+    check_leakage(result["models"], params.leakage)
+    check_gates(result, **params.gates)
     print(f"{model}: " + ", ".join(f"{name} {metric['mean']:.4f}" for name, metric in result["models"][SERVED].items()))
-
-
-if __name__ == "__main__":
-    main(cross_validate)

@@ -1,4 +1,4 @@
-"""Training in several processes: `torchrun --nproc-per-node N -m pipeline.train MODEL`, with DistributedDataParallel.
+"""Training in several processes: `torchrun --nproc-per-node N -m pipeline train MODEL`, with DistributedDataParallel.
 
 Each process has all rows and the whole network, and takes its share of every batch; gradients are averaged over the processes.
 Without torchrun there is one process, whose share is everything.

@@ -11,18 +11,17 @@ import torch
 
 import models
 from models.contract import Contract
+from models.dataset import Dataset
 from models.files import atomic_write, sha256
 from models.network import Predictor
-from pipeline.common import Paths, PipelineError, Positive, Section, has_section, load_params, load_rows, main
+from pipeline.common import Paths, PipelineError, Positive, Section, load_params, load_rows, load_sections
 from pipeline.metrics import is_classification, measure
-from pipeline.train import load_network
+from pipeline.train import load_network, predict
 
 EXAMPLES = 8  # first test rows in the card; the first row of each class is added
 
 
 class Params(Section, frozen=True, kw_only=True):
-    """Section `export` of params.yaml."""
-
     opset: Positive
 
 
@@ -31,7 +30,7 @@ def to_onnx(network: Predictor, contract: Contract, example: torch.Tensor, opset
 
     `example` is an input batch of at least two rows. Raises PipelineError when the batch axis is fixed.
     """
-    program = torch.onnx.export(
+    model: onnx.ModelProto = torch.onnx.export(  # type: ignore[union-attr]
         network,
         (example,),
         dynamo=True,
@@ -41,27 +40,20 @@ def to_onnx(network: Predictor, contract: Contract, example: torch.Tensor, opset
         output_names=[contract.output.name],
         dynamic_shapes=({0: torch.export.Dim("batch")},),
         verbose=False,
-    )
-    assert program is not None  # noqa: S101  for the type checker; dynamo=True returns one
-    graph = program.model_proto
-    for value in (*graph.graph.input, *graph.graph.output):
+    ).model_proto
+    graph = model.graph
+    for value in (*graph.input, *graph.output):
         if not value.type.tensor_type.shape.dim[0].dim_param:
             raise PipelineError(
-                f"the batch axis of {value.name!r} is fixed in the ONNX graph; `forward` must not depend on the batch size"
+                f"the ONNX graph fixes the batch axis of {value.name!r}; `forward` must not depend on the batch size"
             )
-    strip(graph)
-    onnx.checker.check_model(graph, full_check=True)
-    return graph
-
-
-def strip(model: onnx.ModelProto) -> None:
-    """Remove what differs between exports of equal networks: stack traces, source positions, documentation."""
-    graph = model.graph
+    # Stack traces, source positions and documentation differ between exports of equal networks.
     parts: list[Any] = [model, graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer]
-    parts += [*model.functions, *(node for function in model.functions for node in function.node)]
     for part in parts:
         part.ClearField("metadata_props")
         part.ClearField("doc_string")
+    onnx.checker.check_model(model, full_check=True)
+    return model
 
 
 def git_commit() -> str:
@@ -72,41 +64,31 @@ def git_commit() -> str:
     return (commit or "unknown") + ("-dirty" if dirty else "")
 
 
-def cross_validation(model: str) -> dict[str, Any]:
-    """The results of the stage cross_validate for the served model; empty when params.yaml has no such section."""
-    if not has_section(model, "cross_validate"):
-        return {}
-    report = json.loads((Paths(model).training / "cross_validation.json").read_text())
-    return {**{key: report[key] for key in ("rows", "repeats", "folds", "chosen_by")}, **report["models"]["served"]}
-
-
-def build_card(model: str, network: Predictor) -> dict[str, Any]:
+def build_card(model: str, network: Predictor, data: Dataset) -> dict[str, Any]:
     """The card without `files`: contract, metrics, origin, and test rows with their predictions."""
     contract: Contract = models.load(model, "contract").CONTRACT
-    data = load_rows(model)
-    inputs, targets = data.test_inputs, data.test_targets
-    with torch.inference_mode():
-        predictions = network(torch.from_numpy(inputs)).numpy()
-    classes = is_classification(targets)
-    firsts = np.unique(targets, return_index=True)[1].tolist() if classes else []
-    params = {section: load_params(model, section, dict[str, Any]) for section in ("prepare", "train", "export")}
+    targets, predictions = data.test_targets, predict(network, data.test_inputs)
+    rows, shown = [*range(len(targets))][:EXAMPLES], targets
+    if is_classification(targets):
+        rows, shown = sorted({*rows, *np.unique(targets, return_index=True)[1].tolist()}), np.array(contract.labels)[targets]
+    sections, cross_validation = load_sections(model), {}
+    params = {section: sections[section] for section in ("prepare", "train", "export")}
+    if "cross_validate" in sections:
+        report = json.loads((Paths(model).training / "cross_validation.json").read_text())
+        cross_validation = {key: report[key] for key in ("rows", "repeats", "folds", "chosen_by")} | report["models"]["served"]
     return {
         "name": model,
         "version": "1",
         **msgspec.to_builtins(contract),
         "metrics": measure(predictions, targets),
-        "cross_validation": cross_validation(model),
+        "cross_validation": cross_validation,
         "data": {"source": data.source, "sha256": sha256(Paths(model).prepared.read_bytes())},
         "params": params,
         "params_sha256": sha256(msgspec.json.encode(params, order="sorted")),
         "git_commit": git_commit(),
         "examples": [
-            {
-                "input": inputs[row].tolist(),
-                "target": contract.labels[targets[row]] if classes else targets[row].tolist(),
-                "output": predictions[row].tolist(),
-            }
-            for row in sorted({*range(min(EXAMPLES, len(targets))), *firsts})
+            {"input": data.test_inputs[row].tolist(), "target": shown[row].tolist(), "output": predictions[row].tolist()}
+            for row in rows
         ],
     }
 
@@ -127,15 +109,10 @@ def add_metadata(graph: onnx.ModelProto, card: dict[str, Any]) -> None:
 def export(model: str) -> None:
     """Stage: model.pt -> model.onnx, card.json."""
     params, folder = load_params(model, "export", Params), Paths(model).trained
-    network = load_network(model)
-    example = torch.from_numpy(load_rows(model).test_inputs[:2])
-    graph = to_onnx(network, models.load(model, "contract").CONTRACT, example, params.opset)
-    card = build_card(model, network)
+    network, data = load_network(model), load_rows(model)
+    graph = to_onnx(network, models.load(model, "contract").CONTRACT, torch.from_numpy(data.test_inputs[:2]), params.opset)
+    card = build_card(model, network, data)
     add_metadata(graph, card)
     atomic_write(folder / "model.onnx", graph.SerializeToString(deterministic=True))
     card["files"] = {name: sha256((folder / name).read_bytes()) for name in ("model.onnx", "model.pt")}
     atomic_write(folder / "card.json", msgspec.json.format(msgspec.json.encode(card), indent=1))
-
-
-if __name__ == "__main__":
-    main(export)

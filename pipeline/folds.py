@@ -1,23 +1,60 @@
 """Train many small networks on overlapping parts of the same rows, and predict each row with networks not trained on it."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, NamedTuple
 
+import msgspec
 import numpy as np
 import torch
 from msgspec.structs import replace
 from sklearn.metrics import log_loss
-from sklearn.model_selection import StratifiedKFold
+from sklearn.model_selection import StratifiedKFold, cross_val_predict
 from torch.func import functional_call, stack_module_state, vmap
 from torch.nn.functional import cross_entropy
 
 from models.network import Outputs
 from pipeline.baselines import BASELINES
-from pipeline.common import PipelineError
+from pipeline.common import PipelineError, Positive, Section
 from pipeline.train import Params as TrainParams
 from pipeline.train import build, build_optimizer, schedule
 
 SERVED = "served"  # the name of the model that section `train` of params.yaml describes
+
+Changes = dict[str, Any]  # of the section `train` of params.yaml
+Folds = Annotated[int, msgspec.Meta(ge=2)]
+
+
+class Params(Section, frozen=True, kw_only=True):
+    seed: int = 0
+    repeats: Positive
+    folds: Folds = 10
+    inner_folds: Folds = 5
+    choices: tuple[Changes, ...] = ()  # changes of `train` among which the inner cross-validation chooses
+    baselines: dict[str, Changes] = msgspec.field(default_factory=dict)  # name -> changes of `train`; baselines.py has more
+    leakage: float = 1.0  # an AUC above it is rejected as suspected leakage
+    gates: dict[Literal["at_least", "at_most"], dict[str, float]] = msgspec.field(
+        default_factory=dict
+    )  # by dotted name of a figure
+
+
+class Task(NamedTuple):
+    """The rows to cross-validate on, (rows, ...) and (rows,) with 0 or 1, and how."""
+
+    model: str
+    inputs: np.ndarray
+    targets: np.ndarray
+    params: Params
+
+    def inner(self) -> StratifiedKFold:
+        return StratifiedKFold(self.params.inner_folds, shuffle=True, random_state=self.params.seed)
+
+
+class Repeat(NamedTuple):
+    """One cross-validation: the rows of each fold, each model's out-of-fold P(second class), and what was chosen."""
+
+    folds: list[np.ndarray]  # row numbers
+    predictions: dict[str, np.ndarray]  # model -> (rows,)
+    choices: list[int]  # of settings for the served model, by fold
 
 
 def fit_many(model: str, inputs: np.ndarray, targets: np.ndarray, training: np.ndarray, params: TrainParams) -> np.ndarray:
@@ -56,22 +93,6 @@ def fit_many(model: str, inputs: np.ndarray, targets: np.ndarray, training: np.n
     return probabilities
 
 
-class Task(NamedTuple):
-    """The rows to cross-validate on, the folds, and the settings to compare with."""
-
-    model: str
-    inputs: np.ndarray  # (rows, ...)
-    targets: np.ndarray  # (rows,), 0 or 1
-    folds: int
-    inner_folds: int
-    seed: int
-    baselines: dict[str, TrainParams]  # name -> settings
-
-    def inner(self) -> StratifiedKFold:
-        """The folds of a training part by which settings are chosen."""
-        return StratifiedKFold(self.inner_folds, shuffle=True, random_state=self.seed)
-
-
 def masks(rows: int, parts: Sequence[np.ndarray]) -> np.ndarray:
     """(parts, rows) bool from the row numbers of each part."""
     return np.array([np.isin(np.arange(rows), part) for part in parts])
@@ -91,36 +112,22 @@ def choose(task: Task, candidates: Sequence[TrainParams], parts: Sequence[np.nda
     return [int(choice) for choice in np.argmin(losses, axis=0)]
 
 
-class Repeat(NamedTuple):
-    """One cross-validation: each row's fold, each model's out-of-fold probability of the second class, the choice in each fold."""
-
-    fold: np.ndarray  # (rows,)
-    predictions: dict[str, np.ndarray]  # model -> (rows,)
-    choices: list[int]
-
-
-def cross_validate_once(task: Task, candidates: Sequence[TrainParams], repeat: int) -> Repeat:
-    """Predict every row with every model, trained without that row; `candidates` are the settings of the served model."""
-    model, inputs, targets = task[:3]
-    offset = repeat * task.folds  # of the seeds: other initial weights in each repeat
-    candidates = [replace(candidate, seed=candidate.seed + offset) for candidate in candidates]
-    parts = list(StratifiedKFold(task.folds, shuffle=True, random_state=task.seed + repeat).split(inputs, targets))
-    fold = np.empty(len(targets), dtype=int)
-    for number, (_, test) in enumerate(parts):
-        fold[test] = number
-    training, every_row = masks(len(targets), [train for train, _ in parts]), np.arange(len(targets))
-
-    chosen = choose(task, candidates, [train for train, _ in parts])
-    fits = {choice: fit_many(model, inputs, targets, training, candidates[choice]) for choice in sorted(set(chosen))}
-    predictions = {SERVED: np.array([fits[chosen[number]][number, row, 1] for row, number in enumerate(fold)])}
-    for name, settings in task.baselines.items():
-        fitted = fit_many(model, inputs, targets, training, replace(settings, seed=settings.seed + offset))
-        predictions[name] = fitted[fold, every_row, 1]
-    rows = torch.from_numpy(inputs)
-    with_nan = rows.double().masked_fill(build(model, candidates[0].network).is_missing(rows), torch.nan).numpy()
-    for name, make in BASELINES.items():
+def cross_validate_once(task: Task, networks: Mapping[str, Sequence[TrainParams]], repeat: int) -> Repeat:
+    """Predict every row with every model, trained without that row; each of `networks` has the settings to choose from."""
+    model, inputs, targets, params = task
+    parts = list(StratifiedKFold(params.folds, shuffle=True, random_state=params.seed + repeat).split(inputs, targets))
+    train_parts, test_parts = [train for train, _ in parts], [test for _, test in parts]
+    predictions, choices = {}, {}
+    for name, settings in networks.items():
+        candidates = [replace(each, seed=each.seed + repeat * params.folds) for each in settings]  # other weights in each repeat
+        choices[name] = choose(task, candidates, train_parts)
         predictions[name] = np.empty(len(targets))
-        for train, test in parts:
-            estimator = make(task.inner()).fit(with_nan[train], targets[train])
-            predictions[name][test] = estimator.predict_proba(with_nan[test])[:, 1]
-    return Repeat(fold, {name: values.astype(np.float64) for name, values in predictions.items()}, chosen)
+        for choice in set(choices[name]):
+            probabilities = fit_many(model, inputs, targets, masks(len(targets), train_parts), candidates[choice])[..., 1]
+            for fold in np.flatnonzero(np.equal(choices[name], choice)):
+                predictions[name][test_parts[fold]] = probabilities[fold, test_parts[fold]]
+    rows = torch.from_numpy(inputs)
+    with_nan = rows.double().masked_fill(build(model, networks[SERVED][0].network).is_missing(rows), torch.nan).numpy()
+    for name, make in BASELINES.items():
+        predictions[name] = cross_val_predict(make(task.inner()), with_nan, targets, cv=parts, method="predict_proba")[:, 1]
+    return Repeat(test_parts, predictions, choices[SERVED])

@@ -1,5 +1,7 @@
 """Metrics of predictions, calibration among them, and quality gates."""
 
+from functools import reduce
+from operator import getitem
 from typing import Any
 
 import numpy as np
@@ -12,29 +14,26 @@ BINS = 10  # for calibration
 
 def is_classification(targets: np.ndarray) -> bool:
     """Whether targets are class indices, (rows,), and not values, (rows, ...)."""
-    return np.issubdtype(targets.dtype, np.integer)
+    return targets.dtype.kind == "i"
 
 
 def measure(predictions: np.ndarray, targets: np.ndarray) -> dict[str, float]:
-    """Metrics of predictions, (rows, ...): probabilities against class indices, or values against values."""
-    measured = measure_classes(predictions, targets) if is_classification(targets) else measure_values(predictions, targets)
-    return {**measured, "rows": len(targets)}
+    """Metrics of predictions, (rows, ...): mean squared error and explained share of the variance of values against values.
 
-
-def measure_values(predictions: np.ndarray, targets: np.ndarray) -> dict[str, float]:
-    """Mean squared error and explained share of the variance, of (rows, ...) against (rows, ...)."""
-    predictions, targets = predictions.reshape(len(targets), -1), targets.reshape(len(targets), -1)
-    return {"mse": float(mean_squared_error(targets, predictions)), "r2": float(r2_score(targets, predictions))}
-
-
-def measure_classes(probabilities: np.ndarray, targets: np.ndarray) -> dict[str, float]:
-    """Accuracy, area under the ROC curve (one versus rest) and log loss (nats) of (rows, classes) against (rows,)."""
-    normalised = probabilities.astype(np.float64)
+    Of probabilities, (rows, classes), against class indices, (rows,): accuracy, area under the ROC curve (one versus rest) and log
+    loss (nats).
+    """
+    rows = len(targets)
+    if not is_classification(targets):
+        values = targets.reshape(rows, -1), predictions.reshape(rows, -1)
+        return {"mse": float(mean_squared_error(*values)), "r2": float(r2_score(*values)), "rows": rows}
+    normalised = predictions.astype(np.float64)
     normalised /= normalised.sum(axis=1, keepdims=True)  # float32 rows sum to one only within 1e-7
     return {
-        "accuracy": float(accuracy_score(targets, probabilities.argmax(axis=1))),
-        "auc": float(roc_auc_score(*one_versus_rest(probabilities, targets))),
-        "log_loss": float(log_loss(targets, normalised, labels=range(probabilities.shape[1]))),
+        "accuracy": float(accuracy_score(targets, predictions.argmax(axis=1))),
+        "auc": float(roc_auc_score(*one_versus_rest(predictions, targets))),
+        "log_loss": float(log_loss(targets, normalised, labels=range(predictions.shape[1]))),
+        "rows": rows,
     }
 
 
@@ -47,15 +46,13 @@ def one_versus_rest(probabilities: np.ndarray, targets: np.ndarray) -> tuple[np.
 
 def roc(probabilities: np.ndarray, targets: np.ndarray) -> list[tuple[float, float]]:
     """Points (false positive rate, true positive rate) of the ROC curve, one versus rest."""
-    false_positive_rate, true_positive_rate, _ = roc_curve(*one_versus_rest(probabilities, targets))
-    return list(zip(false_positive_rate.tolist(), true_positive_rate.tolist(), strict=True))
+    return [*zip(*roc_curve(*one_versus_rest(probabilities, targets))[:2], strict=True)]
 
 
 def confidence(probabilities: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The probability of the second of two classes, or of the most probable of several, and whether it is the right class."""
-    if probabilities.shape[1] == 2:  # noqa: PLR2004
-        return probabilities[:, 1], targets == 1
-    return probabilities.max(axis=1), targets == probabilities.argmax(axis=1)
+    shown = np.ones_like(targets) if probabilities.shape[1] == 2 else probabilities.argmax(axis=1)  # noqa: PLR2004
+    return probabilities[np.arange(len(targets)), shown], targets == shown
 
 
 def equal_mass_bins(probabilities: np.ndarray) -> list[np.ndarray]:
@@ -91,17 +88,15 @@ def debiased_calibration_error(probabilities: np.ndarray, outcomes: np.ndarray) 
     return float(np.sqrt(max(0.0, np.sum(squares) / len(probabilities))))
 
 
-def check_gates(metrics: dict[str, Any], at_least: dict[str, float], at_most: dict[str, float] | None = None) -> None:
-    """Raise PipelineError with every metric that misses its bound."""
+def check_gates(metrics: dict[str, Any], **gates: dict[str, float]) -> None:
+    """Raise PipelineError with every metric that misses its bound; `gates` are `at_least` and `at_most`, by dotted name."""
     missed = []
-    bounds = [(*gate, "below", 1) for gate in at_least.items()] + [(*gate, "above", -1) for gate in (at_most or {}).items()]
-    for name, bound, side, sign in bounds:
-        value: Any = metrics
-        for key in name.split("."):
-            if not isinstance(value, dict) or key not in value:
-                raise PipelineError(f"params.yaml: the gate {name!r} is not a metric; expected one of {', '.join(metrics)}")
-            value = value[key]
-        if not sign * value >= sign * bound:
-            missed.append(f"{name} is {value:.4f}, {side} its bound {bound:.4f}")
+    for side, name, bound in ((side, *gate) for side, bounds in gates.items() for gate in bounds.items()):
+        try:
+            value: Any = reduce(getitem, name.split("."), metrics)
+        except (KeyError, TypeError):
+            raise PipelineError(f"params.yaml: the gate {name!r} is not a metric; expected one of {', '.join(metrics)}") from None
+        if not (value >= bound if side == "at_least" else value <= bound):
+            missed.append(f"{name} is {value:.4f}, expected {side.replace('_', ' ')} {bound:.4f}")
     if missed:
         raise PipelineError("quality gate missed: " + "; ".join(missed))

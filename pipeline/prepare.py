@@ -7,7 +7,7 @@ from tercet.card import Input
 from tercet.errors import InvalidInputError
 
 import models
-from pipeline.common import Paths, PipelineError, load_params, main
+from pipeline.common import Paths, PipelineError, load_params
 
 
 def check(rows: np.ndarray, contract: Input) -> None:
@@ -33,7 +33,3 @@ def prepare(model: str) -> None:
     Paths(model).prepared.parent.mkdir(parents=True, exist_ok=True)
     np.savez(Paths(model).prepared, **data._asdict())
     print(f"{model}: {len(data.train_targets)} training rows, {len(data.test_targets)} test rows, data set: {data.source}")
-
-
-if __name__ == "__main__":
-    main(prepare)

@@ -11,14 +11,12 @@ import onnx
 from onnx import numpy_helper
 
 import models
-from pipeline.common import Paths, PipelineError, Positive, Section, load_params, main, write_json
+from pipeline.common import Paths, PipelineError, Positive, Section, load_params, write_json
 from pipeline.evaluate import run_onnxruntime
 from pipeline.train import load_network
 
 
 class Params(Section, frozen=True, kw_only=True):
-    """Section `prove` of params.yaml."""
-
     seed: int
     samples: Positive  # random numbers that model.onnx is tried on
 
@@ -27,10 +25,7 @@ def load_weights(model: str, proof: ModuleType) -> Any:
     """The weights in model.pt. Raises PipelineError when model.onnx has others."""
     network = load_network(model)
     weights = proof.Weights(*(getattr(network, name).detach().numpy() for name in proof.Weights._fields))
-    try:
-        graph = onnx.load(Paths(model).trained / "model.onnx").graph
-    except FileNotFoundError as error:
-        raise PipelineError(f"{error.filename} is missing: run `dvc repro`") from None
+    graph = onnx.load(Paths(model).trained / "model.onnx").graph
     exported = {numpy_helper.to_array(tensor).tobytes() for tensor in graph.initializer}
     if not all(tensor.tobytes() in exported for tensor in (weights.initial, *weights.operators, weights.scores)):
         raise PipelineError("model.onnx does not have the weights of model.pt: run `dvc repro`")
@@ -49,20 +44,13 @@ def try_samples(model: str, params: Params) -> int:
 
 def prove(model: str) -> None:
     """Stage: model.pt, model.onnx -> report/proof.json; fails, with a counterexample if there is one, when the proof fails."""
-    params = load_params(model, "prove", Params)
-    target = Paths(model).report / "proof.json"
+    params, target = load_params(model, "prove", Params), Paths(model).report / "proof.json"
     target.unlink(missing_ok=True)
     proof = models.load(model, "proof")
-    weights = load_weights(model, proof)
-    tried = try_samples(model, params)
     try:
-        bounds = proof.prove(weights)
+        weights, tried = load_weights(model, proof), try_samples(model, params)
+        result = {"proved_all_integers": True, **proof.prove(weights), "numbers_tried": tried, "errors": 0}
     except proof.NotProvedError as error:
         raise PipelineError(f"not proved: {error}") from error
-    result = {"proved_all_integers": True, **bounds, "numbers_tried": tried, "errors": 0}
     write_json(target, result)
     print(f"{model}: " + ", ".join(f"{name} {value}" for name, value in result.items()))
-
-
-if __name__ == "__main__":
-    main(prove)

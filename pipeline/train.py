@@ -2,9 +2,9 @@
 
 import io
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
@@ -19,7 +19,7 @@ import models.network
 from models.files import atomic_write
 from models.network import Predictor
 from pipeline import distributed
-from pipeline.common import NotNegative, Paths, PipelineError, Positive, Section, Share, load_params, load_rows, main
+from pipeline.common import NotNegative, Paths, PipelineError, Positive, Section, Share, load_params, load_rows
 
 MMAP_THRESHOLD_BYTES = 31 * 2**20  # just below 32 MiB, glibc's upper limit of the dynamic threshold
 CURVE_POINTS = 100  # maximum per learning curve
@@ -28,29 +28,23 @@ Point = dict[str, dict[str, float]]  # of the learning curves: train | validatio
 
 
 class Params(Section, frozen=True, kw_only=True):
-    """Section `train` of params.yaml."""
-
     seed: int
-    device: str  # auto | cpu | cuda
+    device: Annotated[str, msgspec.Meta(pattern="^(auto|cpu|cuda)$")]
     epochs: NotNegative  # of gradient descent; 0 if the network's `solve` finds the weights
     batch_size: Positive = 2**31  # rows; more than there are means full batches
     optimizer: dict[str, Any] = msgspec.field(default_factory=dict)  # `name`: a class of torch.optim; the rest are its arguments
     warmup: Share = 0.0  # of all steps, during which the learning rate rises; then it falls to 0 along a cosine
     label_smoothing: Share = 0.0
-    precision: str = "float32"  # of the network's arithmetic: float32 | bfloat16, which is faster on CPUs that support it
+    precision: Annotated[str, msgspec.Meta(pattern="^(float32|bfloat16)$")] = (
+        "float32"  # of the network's arithmetic; bfloat16 is faster on CPUs that support it
+    )
     validation_rows: NotNegative = 0  # random training rows that are held out, to choose settings by
     threads: NotNegative = 0  # of torch on the CPU; 0: one per core. Small networks are faster with 1
     network: str | dict[str, Any] = msgspec.field(default_factory=dict)  # keywords of the model's Network, or only its `name`
 
-    def __post_init__(self) -> None:
-        if self.precision not in ("float32", "bfloat16"):
-            raise ValueError(f"precision: expected float32 or bfloat16, got {self.precision!r}")
-
 
 def choose_device(name: str) -> torch.device:
     """`auto` is CUDA when there is a GPU. Raises PipelineError when CUDA is required and there is none."""
-    if name not in ("auto", "cpu", "cuda"):
-        raise PipelineError(f"device: expected auto, cpu or cuda, got {name!r}")
     if name == "cuda" and not torch.cuda.is_available():
         raise PipelineError("device: cuda needs a GPU, and torch sees none; use auto or cpu")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
@@ -65,34 +59,33 @@ def build(model: str, network: str | dict[str, Any]) -> Predictor:
 
 
 def load_network(model: str) -> Predictor:
-    """The trained network, in evaluation mode. Raises PipelineError when `train` has not run."""
+    """The trained network, in evaluation mode."""
     network = build(model, load_params(model, "train", Params).network).eval()
-    try:
-        network.load_state_dict(torch.load(Paths(model).trained / "model.pt", weights_only=True))
-    except FileNotFoundError as error:
-        raise PipelineError(f"{error.filename} is missing: run `dvc repro`") from None
+    network.load_state_dict(torch.load(Paths(model).trained / "model.pt", weights_only=True))
     return network
 
 
+@torch.inference_mode()
+def predict(network: Predictor, inputs: np.ndarray) -> np.ndarray:
+    """Predictions of a network, (rows, ...), in batches that fit into memory."""
+    return np.concatenate([network(rows).numpy() for rows in torch.from_numpy(inputs).split(1000)])
+
+
 def build_optimizer(parameters: Iterable[Tensor], arguments: dict[str, Any]) -> torch.optim.Optimizer:
-    """An optimiser of torch.optim. Raises PipelineError when `name` is not one, or it does not accept the other arguments."""
+    """The optimiser of torch.optim that `name` names, with the other arguments. Raises PipelineError when they are not valid."""
     options = dict(arguments)
-    kind = getattr(torch.optim, str(options.pop("name", None)), None)
-    if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
-        raise PipelineError(f"optimizer.name: expected a class of torch.optim such as SGD or AdamW, got {arguments.get('name')!r}")
     try:
-        return kind(parameters, **options)
-    except (TypeError, ValueError) as error:
-        raise PipelineError(f"optimizer: {kind.__name__}: {error}") from error
+        optimizer: torch.optim.Optimizer = getattr(torch.optim, options.pop("name"))(parameters, **options)
+    except (KeyError, AttributeError, TypeError, ValueError) as error:
+        raise PipelineError(f"optimizer: expected a class of torch.optim and its arguments, got {arguments}: {error}") from error
+    return optimizer
 
 
 def schedule(optimizer: torch.optim.Optimizer, warmup: float, steps: int) -> LambdaLR:
     """Scale the learning rate: a linear rise during `warmup`, a share of all steps, then half a cosine to 0."""
-    rise = max(1, round(warmup * steps))
-    fall = max(1, steps - rise)
-    return LambdaLR(
-        optimizer, lambda step: (step + 1) / rise if step < rise else 0.5 * (1 + math.cos(math.pi * (step - rise) / fall))
-    )
+    up = max(1, round(warmup * steps))
+    down = max(1, steps - up)
+    return LambdaLR(optimizer, lambda step: (step + 1) / up if step < up else 0.5 * (1 + math.cos(math.pi * (step - up) / down)))
 
 
 def loss_of(outputs: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -179,36 +172,25 @@ def fit(
     return network.cpu().eval()
 
 
-@contextmanager
-def curves(model: str) -> Iterator[Callable[[int, Point], None]]:
-    """A function that adds a point to the learning curves on disk; a single point at epoch 0 is not a curve."""
-    with Live(str(Paths(model).training), dvcyaml=False, save_dvc_exp=False) as live:
-        (Paths(model).training / "plots" / "metrics").mkdir(parents=True, exist_ok=True)  # DVC expects it even if it is empty
-
-        def record(epoch: int, point: Point) -> None:
-            live.step = epoch
-            for part, values in point.items():
-                for name, value in values.items():
-                    live.log_metric(f"{part}/{name}", value, plot=epoch > 0)
-            live.make_summary()
-
-        yield record
+def log_point(live: Live, epoch: int, point: Point) -> None:
+    """Add a point to the learning curves on disk; a single point at epoch 0 is not a curve."""
+    live.step = epoch
+    for part, values in point.items():
+        for name, value in values.items():
+            live.log_metric(f"{part}/{name}", value, plot=epoch > 0)
+    live.make_summary()
 
 
 def train(model: str) -> None:
     """Stage: prepared rows -> model.pt (state_dict) and learning curves. With several processes, rank 0 writes them."""
-    params = load_params(model, "train", Params)
-    data = load_rows(model)
+    params, data, paths = load_params(model, "train", Params), load_rows(model), Paths(model)
     with distributed.process_group(choose_device(params.device)):
         if distributed.rank():
             fit(model, data.train_inputs, data.train_targets, params)
             return
-        with curves(model) as record:
-            network = fit(model, data.train_inputs, data.train_targets, params, record)
+        with Live(str(paths.training), dvcyaml=False, save_dvc_exp=False) as live:
+            (paths.training / "plots" / "metrics").mkdir(parents=True, exist_ok=True)  # DVC expects it even if it is empty
+            network = fit(model, data.train_inputs, data.train_targets, params, partial(log_point, live))
     state = io.BytesIO()
     torch.save(network.state_dict(), state)
-    atomic_write(Paths(model).trained / "model.pt", state.getvalue())
-
-
-if __name__ == "__main__":
-    main(train)
+    atomic_write(paths.trained / "model.pt", state.getvalue())

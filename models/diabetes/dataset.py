@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from models.dataset import SAMPLES, Dataset, read_sample
+from models.dataset import SAMPLES, Dataset, read
 from models.files import atomic_write
 
 FILE = "pima-indians-diabetes.csv"
@@ -19,7 +19,7 @@ def load(raw: Path, *, test_fraction: float, seed: int) -> Dataset:
 
     Raises DataError when the file in the repository is missing or damaged.
     """
-    atomic_write(raw / FILE, read_sample(SAMPLES / "diabetes" / FILE, SHA256))
+    atomic_write(raw / FILE, read(f"{SAMPLES}/diabetes/{FILE}", SHA256))
     table = np.loadtxt(raw / FILE, delimiter=",", skiprows=1, dtype=np.float32)  # (768, 9)
     inputs, targets = table[:, :8], table[:, 8].astype(np.int64)
     test = np.zeros(len(targets), dtype=bool)

@@ -14,24 +14,17 @@ class Network(Classifier):
 
     `missing_indicators`: 8 measurements and 5 missing-value indicators - `hidden` tanh - 1.
     `tutorial`: 8 - 6 sigmoid - 4 sigmoid - 1, without indicators; `hidden` has no effect.
-    Raises ValueError for another name or fewer than one hidden unit.
+    Raises ValueError for another name.
     """
-
-    zero_is_missing: Tensor
-    median: Tensor
-    mean: Tensor
-    scale: Tensor
 
     def __init__(self, *, name: str = "missing_indicators", hidden: int = 16) -> None:
         super().__init__()
         if name not in ("missing_indicators", "tutorial"):
             raise ValueError(f"name: expected missing_indicators or tutorial, got {name!r}")
-        if hidden < 1:
-            raise ValueError(f"hidden: expected at least 1, got {hidden}")
-        self.register_buffer("zero_is_missing", torch.tensor(ZERO_IS_MISSING), persistent=False)
-        self.register_buffer("median", torch.zeros(8))
-        self.register_buffer("mean", torch.zeros(8))
-        self.register_buffer("scale", torch.ones(8))
+        self.zero_is_missing = nn.Buffer(torch.tensor(ZERO_IS_MISSING), persistent=False)
+        self.median: Tensor = nn.Buffer(torch.zeros(8))
+        self.mean: Tensor = nn.Buffer(torch.zeros(8))
+        self.scale: Tensor = nn.Buffer(torch.ones(8))
         self.indicators = name == "missing_indicators"
         if self.indicators:
             self.layers = nn.Sequential(nn.Linear(8 + len(INDICATED), hidden), nn.Tanh(), nn.Linear(hidden, 1))
@@ -47,7 +40,7 @@ class Network(Classifier):
         filled = torch.where(self.is_missing(inputs), self.median, inputs)
         self.mean, self.scale = filled.mean(dim=0), filled.std(dim=0)
 
-    def logits(self, inputs: Tensor) -> Tensor:
+    def outputs(self, inputs: Tensor) -> Tensor:
         """(batch, 8) measurements -> (batch, 2): softmax([0, z]) is [1 - sigmoid(z), sigmoid(z)]."""
         missing = self.is_missing(inputs)
         x = (torch.where(missing, self.median, inputs) - self.mean) / self.scale  # (batch, 8)

@@ -17,18 +17,16 @@ class Network(Classifier):
     takes hundreds of ReLUs. Initial shifts are up to a quarter of a period.
     """
 
-    masks: Tensor
-
     def __init__(self, *, hidden: int) -> None:
         super().__init__()
         self.phases = nn.Linear(BITS, hidden)
         self.output = nn.Linear(hidden, 4)
         nn.init.uniform_(self.phases.weight, -math.pi / 2, math.pi / 2)
         nn.init.uniform_(self.phases.bias, -math.pi, math.pi)
-        self.register_buffer("masks", 2 ** torch.arange(BITS), persistent=False)
+        self.masks = nn.Buffer(2 ** torch.arange(BITS), persistent=False)
 
-    def logits(self, inputs: Tensor) -> Tensor:
-        """(batch,) integers from 0 to 1023 -> (batch, 4)."""
+    def outputs(self, inputs: Tensor) -> Tensor:
+        """(batch,) integers from 0 to 1023 -> logits, (batch, 4)."""
         bits = (inputs.unsqueeze(1) & self.masks) != 0  # (batch, 10)
-        logits: Tensor = self.output(torch.sin(self.phases(bits.float() * 2 - 1)))  # (batch, 4)
-        return logits
+        outputs: Tensor = self.output(torch.sin(self.phases(bits.float() * 2 - 1)))  # (batch, 4)
+        return outputs

@@ -20,8 +20,6 @@ class Network(Classifier):
     of a number is ignored. All arithmetic is float64; `proof.py` bounds the rounding error of 64 steps.
     """
 
-    masks: Tensor
-
     def __init__(self, *, suffix_bits: int) -> None:
         """`suffix_bits`: length of the suffixes into which `solve` splits the training words."""
         super().__init__()
@@ -29,10 +27,10 @@ class Network(Classifier):
         self.initial = nn.Parameter(torch.empty(0, dtype=torch.float64))  # (states,)
         self.operators = nn.Parameter(torch.empty(2, 0, 0, dtype=torch.float64))  # (bit, states, states)
         self.scores = nn.Parameter(torch.empty(0, 4, dtype=torch.float64))  # (states, 4)
-        self.register_buffer("masks", 2 ** torch.arange(BITS).flip(0), persistent=False)  # the first is -2**63
+        self.masks = nn.Buffer(2 ** torch.arange(BITS).flip(0), persistent=False)  # the first is -2**63
 
-    def logits(self, inputs: Tensor) -> Tensor:
-        """(batch,) integers -> (batch, 4)."""
+    def outputs(self, inputs: Tensor) -> Tensor:
+        """(batch,) integers -> logits, (batch, 4)."""
         bits = (inputs.abs().unsqueeze(1) & self.masks) != 0  # (batch, 64); abs(-2**63) has the bits of 2**63
         zero, one = self.operators
         state = self.initial.expand(inputs.shape[0], -1)  # (batch, states)

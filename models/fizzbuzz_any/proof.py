@@ -3,8 +3,8 @@
 There are too many words of 64 bits to try, but the network's state vectors lie close to a few points, between which each bit leads
 as in a finite automaton:
 
-1. `explore` finds the points X, (states, dimension), and the automaton on them; `minimise` reduces it.
-2. `counterexample` follows all 64-bit words at once through that automaton and through the rule's: they must agree.
+1. `explore` finds the points X, (states, dimension), and the automaton on them.
+2. `counterexample` follows all 64-bit words at once through that automaton: each must end with the right answer.
 3. `error_bound` shows that the vectors stay so close to their points that the network answers as the automaton does. Write a state
    as c X. In exact arithmetic a bit's matrix A takes it to c (P + E) X, where P, zeros and ones, is the automaton's step and
    E = (X A - P X) X^-1 is the deviation of A. P does not lengthen c in the 1-norm, so |c - e|, with e the right point, grows from 0
@@ -57,13 +57,12 @@ def prove(weights: Weights) -> dict[str, float]:
     Raises NotProvedError, with the smallest counterexample when there is one.
     """
     points, machine = explore(weights)
-    smallest = minimise(machine)
-    if (number := counterexample(smallest, rule())) is not None:
+    if (number := counterexample(machine)) is not None:
         raise NotProvedError(f"{number} has a wrong answer")
     error, margin = error_bound(weights, points, machine)
     if not 2 * error < margin:  # the other half is for float32, in which the scores become probabilities
         raise NotProvedError(f"a score may be wrong by {float(error):.2g}, allowed is half of {float(margin):.2g}")
-    return {"states": len(smallest.steps), "score_error_bound": float(error), "score_error_allowed": float(margin)}
+    return {"states": len(points), "score_error_bound": float(error), "score_error_allowed": float(margin)}
 
 
 def explore(weights: Weights) -> tuple[np.ndarray, Automaton]:
@@ -83,35 +82,18 @@ def explore(weights: Weights) -> tuple[np.ndarray, Automaton]:
     return np.array(points), Automaton(steps, (np.array(points) @ weights.scores).argmax(axis=1).tolist())
 
 
-def minimise(machine: Automaton) -> Automaton:
-    """The smallest automaton with the same outputs (Moore 1956): split classes of states until none has to be split."""
-    classes, count = machine.outputs, 0
-    while count < len(set(classes)):
-        count = len(set(classes))
-        keys = [(classes[state], *(classes[to] for to in machine.steps[state])) for state in range(len(classes))]
-        classes = [keys.index(key) for key in keys]  # the first state with that key
-    kept = sorted(set(classes))
-    steps = [tuple(kept.index(classes[to]) for to in machine.steps[state]) for state in kept]
-    return Automaton(steps, [machine.outputs[state] for state in kept])
-
-
-def rule() -> Automaton:
-    """The automaton of the rule: its states are the remainders by 15, and each bit doubles and adds."""
-    return Automaton([(2 * rest % 15, (2 * rest + 1) % 15) for rest in range(15)], answer(np.arange(15)).tolist())
-
-
-def counterexample(machine: Automaton, truth: Automaton) -> int | None:
-    """The smallest unsigned 64-bit number for which two automata have different outputs; None when there is none."""
-    words = {(0, 0): 0}  # the pairs of states that words of one length lead to -> the smallest such word
+def counterexample(machine: Automaton) -> int | None:
+    """The smallest unsigned 64-bit number with a wrong output; None when there is none."""
+    smallest = {(0, 0): 0}  # (state, remainder by 15) after words of one length -> the smallest such word
     for _ in range(BITS):
         longer: dict[tuple[int, int], int] = {}
-        for (ours, theirs), word in words.items():
-            for bit in (0, 1):
-                pair = machine.steps[ours][bit], truth.steps[theirs][bit]
-                longer[pair] = min(2 * word + bit, longer.get(pair, 2**BITS))
-        words = longer
-    wrong = [word for (ours, theirs), word in words.items() if machine.outputs[ours] != truth.outputs[theirs]]
-    return min(wrong, default=None)
+        for (state, _rest), word in smallest.items():
+            for number in (2 * word, 2 * word + 1):
+                key = machine.steps[state][number % 2], number % 15
+                longer[key] = min(number, longer.get(key, number))
+        smallest = longer
+    rule = answer(np.arange(15))
+    return min((word for (state, rest), word in smallest.items() if machine.outputs[state] != rule[rest]), default=None)
 
 
 def exact(array: np.ndarray) -> Exact:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from models.dataset import SAMPLES, DataError, Dataset, fetch, read_sample
+from models.dataset import SAMPLES, DataError, Dataset, fetch, read
 
 FULL = {  # file name -> SHA-256 of its uncompressed bytes
     "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
@@ -30,43 +30,38 @@ def load(raw: Path, *, data: str) -> Dataset:
     """
     if data not in ("auto", "full", "sample"):
         raise DataError(f"data: expected auto, full or sample, got {data!r}")
-    if data == "sample":
-        return sample()
-    try:
-        return full(raw)
-    except DataError as error:
-        if data == "full" or os.environ.get(MIRROR):
-            raise
-        warnings.warn(
-            f"the full MNIST is not available ({error}). Using the sample of 5,000 digits in this repository, which gives a lower "
-            f"accuracy, measured on {SAMPLE_TEST_ROWS} digits. For the full set, set {MIRROR} to a folder or URL with "
-            f"{', '.join(f'{name}.gz' for name in FULL)} and run `dvc repro --force --single-item prepare@mnist && dvc repro`.",
-            stacklevel=2,
-        )
-        return sample()
+    if data != "sample":
+        try:
+            return full(raw)
+        except DataError as error:
+            if data == "full" or os.environ.get(MIRROR):
+                raise
+            warnings.warn(
+                f"the full MNIST is not available ({error}). Using the sample of 5,000 digits in this repository, which gives "
+                f"a lower accuracy, measured on {SAMPLE_TEST_ROWS} digits. For the full set, set {MIRROR} to a folder or URL with "
+                f"{', '.join(f'{name}.gz' for name in FULL)} and run `dvc repro --force --single-item prepare@mnist && dvc repro`.",
+                stacklevel=2,
+            )
+    return sample()
 
 
 def full(raw: Path) -> Dataset:
-    """The official files, from `raw`, from the mirror that TERCET_MNIST_MIRROR names, or from the public mirrors."""
-    urls = mirrors()
-    train_images, train_labels, test_images, test_labels = (idx(fetch(raw / name, hash_, urls)) for name, hash_ in FULL.items())
+    """The official files, from `raw`, the mirror (folder or URL) that TERCET_MNIST_MIRROR names, or the public mirrors."""
+    if mirror := os.environ.get(MIRROR):
+        mirrors = [mirror if ":/" in mirror else Path(mirror).resolve().as_uri()]
+    else:
+        from torchvision.datasets import MNIST  # noqa: PLC0415  importing torchvision takes seconds: only when it is needed
+
+        mirrors = MNIST.mirrors
+    train_images, train_labels, test_images, test_labels = (idx(fetch(raw / name, hash_, mirrors)) for name, hash_ in FULL.items())
     return Dataset(train_images, train_labels.astype(np.int64), test_images, test_labels.astype(np.int64), "full")
 
 
 def sample() -> Dataset:
     """4,500 digits to train on and 500 to test on, all from the official training set."""
-    images, labels = (idx(read_sample(SAMPLES / "mnist" / f"{name}.gz", hash_)) for name, hash_ in SAMPLE.items())
+    images, labels = (idx(read(f"{SAMPLES}/mnist/{name}.gz", hash_)) for name, hash_ in SAMPLE.items())
     cut, targets = len(images) - SAMPLE_TEST_ROWS, labels.astype(np.int64)
     return Dataset(images[:cut], targets[:cut], images[cut:], targets[cut:], "sample")
-
-
-def mirrors() -> list[str]:
-    """URLs of folders with the files: only the one that TERCET_MNIST_MIRROR names, or else torchvision's."""
-    if mirror := os.environ.get(MIRROR):
-        return [mirror if "://" in mirror or mirror.startswith("file:") else Path(mirror).resolve().as_uri()]
-    from torchvision.datasets import MNIST  # noqa: PLC0415  importing torchvision takes seconds: only when it is needed
-
-    return list(MNIST.mirrors)
 
 
 def idx(content: bytes) -> NDArray[np.uint8]:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +23,8 @@ def block(channels_in: int, channels_out: int, size: int, *, padding: int = 0, p
     )
 
 
-def pyramid(first: int, second: int, third: int, fourth: int) -> nn.Module:
-    """Four convolutions with these numbers of channels, two of them pooled, and one linear layer."""
+def cnn(first: int = 16, second: int = 32, third: int = 64, fourth: int = 128) -> nn.Module:
+    """Four convolutions with these numbers of channels, two of them pooled, and one linear layer; 109,000 parameters by default."""
     return nn.Sequential(
         block(1, first, 5, padding=2, pool=True),  # (batch, first, 14, 14)
         block(first, second, 3, padding=1, pool=True),  # (batch, second, 7, 7)
@@ -33,14 +34,9 @@ def pyramid(first: int, second: int, third: int, fourth: int) -> nn.Module:
     )
 
 
-def cnn() -> nn.Module:
-    """The default: 109,000 parameters."""
-    return pyramid(16, 32, 64, 128)
-
-
 def tiny() -> nn.Module:
     """The same shape with 7,864 parameters."""
-    return pyramid(10, 14, 16, 18)
+    return cnn(10, 14, 16, 18)
 
 
 def record() -> nn.Module:
@@ -57,13 +53,8 @@ def record() -> nn.Module:
 
 def mlp() -> nn.Module:
     """Five linear layers, from a well-known tutorial (S. Kim, PyTorch Zero To All, lesson 9): 575,000 parameters."""
-    return nn.Sequential(
-        *(nn.Flatten(), nn.Linear(SIDE * SIDE, 512), nn.ReLU()),  # (batch, 512)
-        *(nn.Linear(512, 256), nn.ReLU()),  # (batch, 256)
-        *(nn.Linear(256, 128), nn.ReLU()),  # (batch, 128)
-        *(nn.Linear(128, 64), nn.ReLU()),  # (batch, 64)
-        nn.Linear(64, 10),
-    )
+    hidden = [layer for sizes in pairwise((SIDE * SIDE, 512, 256, 128, 64)) for layer in (nn.Linear(*sizes), nn.ReLU())]
+    return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(64, 10))
 
 
 class Inception(nn.Module):
@@ -71,14 +62,11 @@ class Inception(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.branches = nn.ModuleList(
-            [
-                nn.Conv2d(channels, 16, 1),
-                nn.Sequential(nn.Conv2d(channels, 16, 1), nn.Conv2d(16, 24, 5, padding=2)),
-                nn.Sequential(nn.Conv2d(channels, 16, 1), nn.Conv2d(16, 24, 3, padding=1), nn.Conv2d(24, 24, 3, padding=1)),
-                nn.Sequential(nn.AvgPool2d(3, stride=1, padding=1), nn.Conv2d(channels, 24, 1)),
-            ]
-        )
+        one = nn.Conv2d(channels, 16, 1)
+        five = nn.Sequential(nn.Conv2d(channels, 16, 1), nn.Conv2d(16, 24, 5, padding=2))
+        three = nn.Sequential(nn.Conv2d(channels, 16, 1), nn.Conv2d(16, 24, 3, padding=1), nn.Conv2d(24, 24, 3, padding=1))
+        pooled = nn.Sequential(nn.AvgPool2d(3, stride=1, padding=1), nn.Conv2d(channels, 24, 1))
+        self.branches = nn.ModuleList([one, five, three, pooled])
 
     def forward(self, inputs: Tensor) -> Tensor:
         return torch.cat([branch(inputs) for branch in self.branches], dim=1)  # (batch, 16 + 24 + 24 + 24, h, w)
@@ -118,7 +106,7 @@ class Network(Classifier):
         grid = affine_grid(torch.stack([row, column], dim=1), [len(inputs), 1, SIDE, SIDE], align_corners=False)
         return grid_sample(inputs.unsqueeze(1).float(), grid, align_corners=False).squeeze(1)
 
-    def logits(self, inputs: Tensor) -> Tensor:
-        """(batch, 28, 28) ink from 0 to 255 -> (batch, 10)."""
-        logits: Tensor = self.layers(inputs.unsqueeze(1).float() / 255)
-        return logits
+    def outputs(self, inputs: Tensor) -> Tensor:
+        """(batch, 28, 28) ink from 0 to 255 -> logits, (batch, 10)."""
+        outputs: Tensor = self.layers(inputs.unsqueeze(1).float() / 255)
+        return outputs

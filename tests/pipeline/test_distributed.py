@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 ENDLESS = 1_000_000  # epochs
 TORCHRUN = ("torchrun", "--standalone", "--nproc-per-node", "2")
-TRAIN = (*TORCHRUN, "-m", "pipeline.train", "fizzbuzz")
+TRAIN = (*TORCHRUN, "-m", "pipeline", "train", "fizzbuzz")
 SEEDS = range(6)
 
 

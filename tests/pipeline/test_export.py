@@ -14,9 +14,9 @@ from tercet.card import read_card
 
 import models
 from pipeline.common import Paths, load_params, load_rows
-from pipeline.evaluate import TOLERANCE, run_onnxruntime, run_torch
+from pipeline.evaluate import TOLERANCE, run_onnxruntime
 from pipeline.export import Params, add_metadata, to_onnx
-from pipeline.train import load_network
+from pipeline.train import load_network, predict
 from tests.conftest import run
 
 pytestmark = pytest.mark.slow
@@ -29,9 +29,10 @@ def test_both_files_give_the_predictions_of_the_card(trained: Path, name: str) -
     """model.pt and model.onnx have the checksums in the card, and give the predictions that it shows for its examples."""
     card = read_card(trained / "models" / name)
     expected = [example.output for example in card.examples]
-    for file, predict in (("model.pt", run_torch), ("model.onnx", run_onnxruntime)):
+    rows = card.example_rows()
+    for file, predictions in (("model.pt", predict(load_network(name), rows)), ("model.onnx", run_onnxruntime(name, rows))):
         assert hashlib.sha256((trained / "models" / name / file).read_bytes()).hexdigest() == card.files[file]
-        np.testing.assert_allclose(predict(name, card.example_rows()), expected, rtol=0, atol=TOLERANCE)
+        np.testing.assert_allclose(predictions, expected, rtol=0, atol=TOLERANCE)
     assert {example.target for example in card.examples} == set(card.labels)
 
 

@@ -42,8 +42,8 @@ def test_values_have_an_error_and_classes_an_accuracy() -> None:
 
 def test_a_missed_gate_has_its_side() -> None:
     """A lower bound may be below the metric, an upper bound above it."""
-    check_gates({"auc": {"mean": 0.8}}, {"auc.mean": 0.8}, {"auc.mean": 0.8})
+    check_gates({"auc": {"mean": 0.8}}, at_least={"auc.mean": 0.8}, at_most={"auc.mean": 0.8})
     with pytest.raises(
-        PipelineError, match=r"auc\.mean is 0\.8000, below its bound 0\.9000; auc\.mean is 0\.8000, above its bound 0\.7000"
+        PipelineError, match=r"auc\.mean is 0\.8000, expected at least 0\.9000; auc\.mean is 0\.8000, expected at most 0\.7000"
     ):
-        check_gates({"auc": {"mean": 0.8}}, {"auc.mean": 0.9}, {"auc.mean": 0.7})
+        check_gates({"auc": {"mean": 0.8}}, at_least={"auc.mean": 0.9}, at_most={"auc.mean": 0.7})
