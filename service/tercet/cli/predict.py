@@ -14,7 +14,7 @@ from tercet.cli.options import client_options, complete_models, complete_values,
 @click.argument("model", shell_complete=complete_models)
 @click.argument("values", nargs=-1, shell_complete=complete_values)
 @click.option("--input", "source", type=click.File("rb"), help="Read input from this file, `-` for stdin.")
-@click.option("--format", "kind", type=click.Choice(["csv", "jsonl", "lines"]), help="Format of --input; default: by its suffix.")
+@click.option("--format", "form", type=click.Choice(["csv", "jsonl", "lines"]), help="Format of --input; default: by its suffix.")
 @click.option("--output", type=click.Choice(["text", "json", "csv"]), default="text", show_default=True, help="Output format.")
 @click.option("--json", "output", flag_value="json", help="Short for --output json.")
 @click.option("--draw", is_flag=True, help="Draw each digit in the terminal, with all probabilities.")
@@ -23,7 +23,7 @@ def predict(
     model: str,
     values: tuple[str, ...],
     source: BufferedReader | None,
-    kind: str | None,
+    form: str | None,
     output: str,
     *,
     draw: bool,
@@ -54,5 +54,5 @@ def predict(
     if draw and (output != "text" or model != "mnist"):
         raise click.UsageError("--draw is for pictures of mnist, as text.")
     adapter = find_adapter(client, model)
-    predictions = predict_all(client, adapter, read_records(adapter, values, source, kind))
+    predictions = predict_all(client, adapter, read_records(adapter, values, source, form))
     print_predictions(adapter, predictions, output, draw=draw)
