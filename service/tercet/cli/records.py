@@ -77,10 +77,9 @@ def find_files(pattern: str) -> list[str]:
     """The sorted files that a pattern matches, `**` at any depth; without wildcards the name itself."""
     if not glob.has_magic(pattern) or Path(pattern).exists():
         return [pattern]
-    files = sorted(path for path in glob.glob(pattern, recursive=True) if Path(path).is_file())  # noqa: PTH207  as in a shell
-    if not files:
-        raise ValueError(f"no file matches {pattern!r}")
-    return files
+    if files := sorted(path for path in glob.glob(pattern, recursive=True) if Path(path).is_file()):  # noqa: PTH207  as in a shell
+        return files
+    raise ValueError(f"no file matches {pattern!r}")
 
 
 def parse_picture(record: Any) -> tuple[bytes, Fields]:
@@ -89,26 +88,23 @@ def parse_picture(record: Any) -> tuple[bytes, Fields]:
         with click.open_file(path, "rb") as file:
             return file.read(), {"file": path}
     except OSError as error:
-        raise ValueError(
-            f"cannot read {path}: {error.strerror}; expected PNG or JPEG files, or a pattern such as '*.png'"
-        ) from None
+        raise ValueError(f"cannot read {path}: {error.strerror}; expected a PNG or JPEG file, or a pattern for them") from None
 
 
 def parse_patient(record: Any) -> tuple[dict[str, float | None], Fields]:
     """A patient from NAME=VALUE words, all values in order, or named columns. Names may be shortened; `-` is not measured."""
     values = record.split() if isinstance(record, str) else record if isinstance(record, list | dict) else [record]
-    echo = {"id": values["id"]} if isinstance(values, dict) and "id" in values else {}
-    pairs: Iterable[tuple[str, Any]]
+    echo, patient = Fields(), dict[str, float | None]()
     if isinstance(values, dict):
-        pairs = [(name, value) for name, value in values.items() if name not in echo]
+        echo = {name: value for name, value in values.items() if name == "id"}
+        pairs = [item for item in values.items() if item[0] not in echo]
     elif any("=" in str(value) for value in values):
         pairs = [(name, value) for name, _, value in (str(word).partition("=") for word in values)]
     elif len(values) == len(MEASUREMENTS):
-        pairs = zip(MEASUREMENTS, values, strict=True)
+        pairs = [*zip(MEASUREMENTS, values, strict=True)]
     else:
         order = f"{len(MEASUREMENTS)} values in the order {' '.join(MEASUREMENTS)}"
         raise ValueError(f"expected NAME=VALUE or {order}, got {len(values)} values")
-    patient = dict[str, float | None]()
     for name, value in pairs:
         matches = [full for full in MEASUREMENTS if full.startswith(name.strip())]
         if len(matches) != 1:
@@ -175,25 +171,29 @@ ADAPTERS = {
 
 
 class Lines:
-    """The lines of a file. `number` is that of the latest, from 1; `last_ready` says that the next one has not arrived yet."""
+    """The lines of a file. `place` names the latest; `last_ready` says that the next one has not arrived yet."""
 
     def __init__(self, file: BufferedReader) -> None:
-        self._file, self.name, self.number, self.last_ready = file, str(file.name).strip("<>"), 0, False
+        self._file, self._name, self._number, self.last_ready = file, str(file.name).strip("<>"), 0, False
+
+    @property
+    def place(self) -> str:
+        return f"{self._name}, line {self._number}"
 
     def __iter__(self) -> Iterator[str]:
         rest = b""
         while block := self._file.read1(READ_BYTES):  # returns what has arrived
             *lines, rest = (rest + block).split(b"\n")
             for i, line in enumerate(lines, 1):
-                self.number, self.last_ready = self.number + 1, i == len(lines)
+                self._number, self.last_ready = self._number + 1, i == len(lines)
                 yield f"{line.decode('utf-8-sig')}\n"
         if rest:
-            self.number += 1
+            self._number += 1
             yield rest.decode("utf-8-sig")
 
     def records(self, form: str | None) -> Iterable[Any]:
         """The records in csv, jsonl or lines, by default the format of the file's suffix. Raises ValueError and csv.Error."""
-        form = form or FORMATS.get(Path(self.name).suffix.lower(), "lines")
+        form = form or FORMATS.get(Path(self._name).suffix.lower(), "lines")
         if form == "csv":
             return from_csv(self)
         texts = filter(None, map(str.strip, self))
@@ -212,28 +212,23 @@ def from_csv(lines: Iterable[str]) -> Iterator[Fields]:
         yield row
 
 
-def read_records(
-    adapter: Adapter, arguments: Sequence[str], file: BufferedReader | None, form: str | None
-) -> Iterator[list[Record]]:
-    """Batches of the records in the arguments or in a file; one ends where more have not arrived yet.
+def read_records(adapter: Adapter, words: Sequence[str], file: BufferedReader | None, form: str | None) -> Iterator[list[Record]]:
+    """Batches of the records in the words or in a file; one ends where more have not arrived yet.
 
     Raises CliError, which names the line, after the records before it.
     """
     lines, batch = Lines(file) if file else None, list[Record]()
-
-    def place() -> str:
-        return f"{lines.name}, line {lines.number}" if lines else ""
-
     try:
-        for record in lines.records(form) if lines else adapter.split(arguments):
+        for record in lines.records(form) if lines else adapter.split(words):
             row, echo = adapter.parse(record)
-            batch.append(Record(join(place(), echo.get("file")), row, echo))
+            batch.append(Record(join(lines.place if lines else "", echo.get("file")), row, echo))
             if len(batch) == adapter.batch or (lines and lines.last_ready):
                 yield batch
                 batch = []
     except (ValueError, csv.Error) as error:
         yield batch
-        raise CliError(join(place(), "expected text in UTF-8" if isinstance(error, UnicodeDecodeError) else str(error))) from None
+        reason = "expected text in UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
+        raise CliError(join(lines.place if lines else "", reason)) from None
     yield batch
 
 
