@@ -373,7 +373,7 @@ def test_the_picture_in_the_readme(page: Page, tmp_path: Path) -> None:
     take_picture(page, tmp_path / "page.png")
     for path in (tmp_path / "page.png", REPOSITORY / "docs" / "page.png"):
         assert path.stat().st_size < 200_000
-    assert "(docs/page.png)" in (REPOSITORY / "README.md").read_text()
+    assert "docs/page.png" in (REPOSITORY / "README.md").read_text()
 
 
 def take_picture(page: Page, path: Path) -> None:

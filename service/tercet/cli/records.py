@@ -267,8 +267,8 @@ def print_predictions(adapter: Adapter, predictions: Iterable[tuple[Record, Fiel
     for i, (record, fields) in enumerate(predictions):
         if output == "csv":
             row = columns(fields)
-            writer = writer or csv.DictWriter(sys.stdout, row, extrasaction="ignore", lineterminator="\n")
-            if i == 0:
+            if not writer:
+                writer = csv.DictWriter(sys.stdout, row, extrasaction="ignore", lineterminator="\n")
                 writer.writeheader()
             writer.writerow(row)
             sys.stdout.flush()
@@ -286,10 +286,10 @@ def print_predictions(adapter: Adapter, predictions: Iterable[tuple[Record, Fiel
 
 def columns(fields: Fields) -> Fields:
     """A prediction as a row of CSV: a list becomes columns `name_0`, `name_1` and so on."""
-    lists = {name: flatten(value) for name, value in fields.items() if isinstance(value, list)}
-    return {name: value for name, value in fields.items() if name not in lists} | {
-        f"{name}_{i}": part for name, parts in lists.items() for i, part in enumerate(parts)
-    }
+    row = Fields()
+    for name, value in fields.items():
+        row |= {f"{name}_{i}": part for i, part in enumerate(flatten(value))} if isinstance(value, list) else {name: value}
+    return row
 
 
 def flatten(value: Any) -> list[Any]:
