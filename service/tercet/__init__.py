@@ -10,14 +10,12 @@ if TYPE_CHECKING:
     from tercet.client.codecs import Assessment, Digit, Word
 
 __all__ = ["Assessment", "AsyncClient", "Client", "Digit", "Word"]
-
 # onnxruntime >= 1.29 sends telemetry and keeps an id in the home directory unless this is set before it is imported.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
-if not TYPE_CHECKING:  # imported on first use, so that `import tercet` takes no time
+if not TYPE_CHECKING:
 
-    def __getattr__(name: str) -> Any:
+    def __getattr__(name: str) -> Any:  # imports on first use, so that `import tercet` takes no time
         if name not in __all__:
             raise AttributeError(f"module 'tercet' has no attribute {name!r}")
-        modules = {"Client": "tercet.client", "AsyncClient": "tercet.client.aio"}
-        return getattr(import_module(modules.get(name, "tercet.client.codecs")), name)
+        return getattr(import_module("tercet.client.aio" if name == "AsyncClient" else "tercet.client"), name)

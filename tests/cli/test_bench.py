@@ -11,7 +11,7 @@ def test_outside_of_a_checkout(tmp_path: Path) -> None:
     """Without benchmarks/load.py the command says where to run it."""
     done = run("tercet", "bench", "--help", cwd=tmp_path, check=False)
     assert (done.returncode, done.stdout.count("\n")) == (1, 1)
-    assert "run `tercet bench` from a checkout" in done.stdout
+    assert "run `tercet bench` in a checkout" in done.stdout
 
 
 @pytest.mark.parametrize("arguments", [["--nope"], ["--rows", "0"], ["fizzbuzz", "mnist"]])

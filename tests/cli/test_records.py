@@ -29,12 +29,12 @@ def adapter(*, bad: int | None = None, most: int = 1000, chunk: int = 4) -> Adap
     return ADAPTERS["fizzbuzz"]._replace(predict=predict)
 
 
-def records(numbers: Iterable[Any]) -> Iterator[Record]:
-    """Records of numbers, each at a place of its own."""
-    return (Record(f"line {number}", number, {}) for number in numbers)
+def records(numbers: Iterable[Any]) -> Iterator[list[Record]]:
+    """A batch of numbers, each at a place of its own."""
+    yield [Record(f"line {number}", number, {}) for number in numbers]
 
 
-def predict_until_error(adapter: Adapter, numbers: Iterator[Record]) -> tuple[list[str], str]:
+def predict_until_error(adapter: Adapter, numbers: Iterator[list[Record]]) -> tuple[list[str], str]:
     """The words that are predicted, and the error that ends them."""
     words = []
     try:
@@ -57,7 +57,7 @@ def test_records_before_a_rejected_one_are_predicted(bad: int) -> None:
 def test_records_before_a_wrong_line_are_predicted(end: int) -> None:
     """The same holds for a record that cannot be read, and the first error counts."""
 
-    def broken() -> Iterator[Record]:
+    def broken() -> Iterator[list[Record]]:
         yield from records(range(end))
         raise CliError("the next line is wrong")
 

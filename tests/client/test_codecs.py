@@ -63,12 +63,12 @@ def test_values_that_cannot_be_sent(codec: Codec[Any, Any], rows: Any, error: ty
 @pytest.mark.parametrize(
     ("rows", "text"),
     [
-        ([[1, 2]], r"inputs\[0\]: expected shape \[-1, 2, 2\], got \[1, 2\]"),
+        ([[1, 2]], r"inputs\[0\]: expected UINT8 of shape \[-1, 2, 2\], got int64 of shape \[1, 2\]"),
         ([[[1, 2], [3, 4]], [[5, 256], [7, 8]]], r"inputs\[0\]\[1\]\[0\]\[1\]: expected UINT8, got 256"),
         ([[[1, 2], [3, 0.5]]], r"inputs\[0\]\[0\]\[1\]\[1\]: expected UINT8, got 0.5"),
         ([[[1, 2], [3, np.nan]]], r"inputs\[0\]\[0\]\[1\]\[1\]: expected UINT8, got nan"),
         ([[1, [2, 3]]], r"inputs\[0\]: expected UINT8 of shape \[-1, 2, 2\]: .*inhomogeneous"),
-        ([[["1", "2"], ["3", "4"]]], r"inputs\[0\]: expected numbers for UINT8, got dtype <U1"),
+        ([[["1", "2"], ["3", "4"]]], r"inputs\[0\]: expected UINT8 of shape .*, got <U1 of shape"),
     ],
 )
 def test_numbers_that_cannot_be_sent(rows: Any, text: str) -> None:

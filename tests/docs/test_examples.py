@@ -31,7 +31,7 @@ PRINTED = {
         "number number fizz number buzz",
         "6000 pictures of noise",
         "1000 made-up patients",
-        "expected shape [-1], got",
+        "expected INT64 of shape [-1], got",
         "expected INT64, got 1.5",
     ],
     "many_requests": [

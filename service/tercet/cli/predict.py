@@ -13,8 +13,8 @@ from tercet.cli.options import client_options, complete_models, complete_values,
 @client_options
 @click.argument("model", shell_complete=complete_models)
 @click.argument("values", nargs=-1, shell_complete=complete_values)
-@click.option("--input", "source", type=click.File("rb"), help="Read input from this file, `-` for stdin.")
-@click.option("--format", "kind", type=click.Choice(["csv", "jsonl", "lines"]), help="Format of --input; default: by its suffix.")
+@click.option("--input", "file", type=click.File("rb"), help="Read input from this file, `-` for stdin.")
+@click.option("--format", "form", type=click.Choice(["csv", "jsonl", "lines"]), help="Format of --input; default: by its suffix.")
 @click.option("--output", type=click.Choice(["text", "json", "csv"]), default="text", show_default=True, help="Output format.")
 @click.option("--json", "output", flag_value="json", help="Short for --output json.")
 @click.option("--draw", is_flag=True, help="Draw each digit in the terminal, with all probabilities.")
@@ -22,8 +22,8 @@ def predict(
     client: "tercet.Client",
     model: str,
     values: tuple[str, ...],
-    source: BufferedReader | None,
-    kind: str | None,
+    file: BufferedReader | None,
+    form: str | None,
     output: str,
     *,
     draw: bool,
@@ -46,7 +46,7 @@ def predict(
     """  # noqa: D301
     from tercet.cli.records import find_adapter, predict_all, print_predictions, read_records  # noqa: PLC0415  --help does without
 
-    if bool(values) == bool(source):
+    if bool(values) == bool(file):
         raise click.UsageError("Give either values or --input FILE.")
     for value in values:
         if value.startswith("--"):
@@ -54,5 +54,5 @@ def predict(
     if draw and (output != "text" or model != "mnist"):
         raise click.UsageError("--draw is for pictures of mnist, as text.")
     adapter = find_adapter(client, model)
-    predictions = predict_all(client, adapter, read_records(adapter, values, source, kind))
+    predictions = predict_all(client, adapter, read_records(adapter, values, file, form))
     print_predictions(adapter, predictions, output, draw=draw)

@@ -16,12 +16,9 @@ DIGEST = 16  # hexadecimal digits of a hash that are shown; card.json has all
 
 def to_text(content: RenderableType, width: int | None = None) -> str:
     """Render without colours; by default as wide as the terminal, or as COLUMNS."""
-    console = Console(
-        file=StringIO(), width=width or Console().width, color_system=None, highlight=False, markup=False, emoji=False
-    )
-    with console.capture() as capture:
-        console.print(content)
-    return "\n".join(map(str.rstrip, capture.get().splitlines()))
+    file = StringIO()
+    Console(file=file, width=width or Console().width, color_system=None, highlight=False, markup=False, emoji=False).print(content)
+    return "\n".join(map(str.rstrip, file.getvalue().splitlines()))
 
 
 def grid(rows: Sequence[Sequence[RenderableType]], *, wrap: bool = False, gap: int = 2) -> Table:
@@ -52,36 +49,35 @@ def overview(cards: Mapping[str, Card | None]) -> str:
             continue
         shape = "x".join(map(str, card.input.shape))
         labels = ", ".join(card.labels) if len(card.labels) <= 2 else f"{card.labels[0]} .. {card.labels[-1]}"  # noqa: PLR2004
-        metric = next((f"{key} {value:.4g}" for key, value in card.metrics.items()), "-")
         commit = card.git_commit[:7] + "*" * card.git_commit.endswith("-dirty")
-        rows.append((name, f"{card.input.name} {shape}".strip(), labels or "-", metric, card.data["source"], commit))
+        metric = _metrics(card).partition(",")[0]
+        rows.append((name, f"{card.input.name} {shape}".strip(), labels or "-", metric or "-", card.data["source"], commit))
     return to_text(grid(rows), width=1000)
 
 
 def details(card: Card) -> str:
     """The card of a model, wrapped to the width of the terminal."""
     tensor = card.input
-    shape = f"{tensor.datatype}, [batch{''.join(f', {size}' for size in tensor.shape)}]"
+    shape = ", ".join(["batch", *map(str, tensor.shape)])
     ranges = [(f"  {feature.name}", f"{feature.minimum} to {feature.maximum}", feature.unit) for feature in tensor.features]
+    validated = [(key, value) for key, value in card.cross_validation.items() if isinstance(value, dict)][:4]
     facts = {
         "output": f"{card.output.name}, {card.output.datatype}: {', '.join(card.labels) or 'values'}",
-        "metrics": ", ".join(f"{key} {value:.4g}" for key, value in card.metrics.items()),
-        "validated": _validation(card),
+        "metrics": _metrics(card),
+        "validated": ", ".join(
+            f"{key} {value['mean']:.3f}" + (f" ({value['std']:.3f})" if "std" in value else "") for key, value in validated
+        ),
         "data": f"{card.data['source']}, SHA-256 {card.data['sha256'][:DIGEST]}",
         "parameters": f"SHA-256 {card.params_sha256[:DIGEST]}",
         "commit": card.git_commit,
         **{name: f"SHA-256 {digest[:DIGEST]}" for name, digest in card.files.items()},
     }
     texts = [f"{card.name}, version {card.version}", card.description, card.intended_use, card.warning]
-    parts: list[RenderableType] = [*filter(None, texts), ""]
-    parts.append(grid([(f"{'input':10}", f"{tensor.name}, {shape}{'; NaN = not measured' * tensor.missing}")], wrap=True))
-    parts += [grid(ranges, wrap=True), grid([(f"{name:10}", text) for name, text in facts.items() if text], wrap=True)]
+    head = (f"{'input':10}", f"{tensor.name}, {tensor.datatype}, [{shape}]{'; NaN = not measured' * tensor.missing}")
+    tables = [head], ranges, [(f"{name:10}", text) for name, text in facts.items() if text]
+    parts: list[RenderableType] = [*filter(None, texts), "", *(grid(rows, wrap=True) for rows in tables if rows)]
     return "\n".join(map(to_text, parts))
 
 
-def _validation(card: Card) -> str:
-    """The first metrics of the cross-validation: mean, and standard deviation over its repeats if there were several."""
-    metrics = [(key, value) for key, value in card.cross_validation.items() if isinstance(value, dict)]
-    return ", ".join(
-        f"{key} {value['mean']:.3f}" + (f" ({value['std']:.3f})" if "std" in value else "") for key, value in metrics[:4]
-    )
+def _metrics(card: Card) -> str:
+    return ", ".join(f"{key} {value:.4g}" for key, value in card.metrics.items())

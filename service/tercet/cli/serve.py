@@ -68,12 +68,12 @@ def announce(config: Config, engines: Mapping[str, str]) -> None:
         click.echo(f"each in {config.workers} processes")
     address = f"HOST:{config.port}" if config.tls_key else config.address  # certificates are issued for host names
     variables = {
-        "SERVER": address if address != DEFAULT_SERVER else None,
-        "TLS_CA": "CA.pem" if config.tls_key else None,
-        "CLIENT_CERTIFICATE": "CLIENT.pem" if config.tls_client_ca else None,
-        "CLIENT_KEY": "CLIENT.key" if config.tls_client_ca else None,
-        "TOKEN": "TOKEN" if config.token_file else None,
+        f"SERVER={address}": address != DEFAULT_SERVER,
+        "TLS_CA=CA.pem": config.tls_key,
+        "CLIENT_CERTIFICATE=CLIENT.pem": config.tls_client_ca,
+        "CLIENT_KEY=CLIENT.key": config.tls_client_ca,
+        "TOKEN=TOKEN": config.token_file,
     }
-    examples = [example for name, example in EXAMPLES.items() if name in engines] or [f"models {next(iter(engines))}"]
-    exports = [f"  export TERCET_{name}={value}" for name, value in variables.items() if value]
-    click.echo("\n".join(["try:", *exports, *(f"  tercet {example}" for example in examples)]))
+    exports = [f"export TERCET_{variable}" for variable, needed in variables.items() if needed]
+    examples = [f"tercet {example}" for name, example in EXAMPLES.items() if name in engines] or ["tercet models"]
+    click.echo("\n  ".join(["try:", *exports, *examples]))

@@ -177,10 +177,9 @@ class TensorCodec(Codec[Any, "np.ndarray"]):
     def __init__(self, config: oip.ModelConfig) -> None:
         [self._input] = config.input
         self.model, self._datatype = config.name, oip.DataType.Name(self._input.data_type).removeprefix("TYPE_")
-        self._shape = tuple(self._input.dims)
 
     def encode(self, where: str, row: Any) -> "np.ndarray":
-        return self._array(where, row, self._shape)
+        return self._array(where, row, [*self._input.dims])
 
     def size(self, entry: "np.ndarray") -> int:
         return entry.nbytes
@@ -200,23 +199,23 @@ class TensorCodec(Codec[Any, "np.ndarray"]):
         return np.frombuffer(content, _dtype(output.datatype)).reshape(tuple(output.shape))
 
     def chunks(self, rows: Any, max_rows: int) -> list[Chunk]:
-        array = self._array(self.field, rows, (-1, *self._shape))
-        step = max(1, min(max_rows, CHUNK_BYTES // (prod(self._shape) * array.itemsize)))
+        array = self._array(self.field, rows, [-1, *self._input.dims])
+        step = max(1, min(max_rows, CHUNK_BYTES // (prod(self._input.dims) * array.itemsize)))
         parts = ((start, array[start : start + step]) for start in range(0, max(1, len(array)), step))
         return [Chunk(start, len(part), self.request(part)) for start, part in parts]
 
-    def _array(self, where: str, values: Any, shape: tuple[int, ...]) -> "np.ndarray":
+    def _array(self, where: str, values: Any, shape: list[int]) -> "np.ndarray":
         """Values as an array of the model's datatype, without loss; -1 in the shape stands for any size."""
         import numpy as np  # noqa: PLC0415
 
+        expected = f"{where}: expected {self._datatype} of shape {shape}"
         try:
             array = np.asarray(values)
         except ValueError as error:
-            raise ValueError(f"{where}: expected {self._datatype} of shape {list(shape)}: {error}") from None
-        if array.dtype.kind not in "biuf":
-            raise ValueError(f"{where}: expected numbers for {self._datatype}, got dtype {array.dtype}")
-        if array.ndim != len(shape) or any(right not in (-1, size) for size, right in zip(array.shape, shape, strict=True)):
-            raise ValueError(f"{where}: expected shape {list(shape)}, got {list(array.shape)}")
+            raise ValueError(f"{expected}: {error}") from None
+        right = array.ndim == len(shape) and all(size in (-1, got) for size, got in zip(shape, array.shape, strict=True))
+        if array.dtype.kind not in "biuf" or not right:
+            raise ValueError(f"{expected}, got {array.dtype} of shape {[*array.shape]}")
         with np.errstate(all="ignore"):
             converted = array.astype(_dtype(self._datatype))
         if converted.dtype.kind in "iu" and (wrong := np.argwhere(converted != array)).size:
@@ -285,11 +284,10 @@ def with_batch_indices(error: Any, field: str, chunk: Chunk) -> grpc.RpcError:
         key, request = "grpc-status-details-bin", BadRequest()
         status = Status.FromString(dict(error.trailing_metadata() or ()).get(key, b""))
         status.code, status.message = error.code().value[0], shift(error.details() or "")
-        for detail in status.details:
-            if detail.Unpack(request):
-                for violation in request.field_violations:
-                    violation.field = shift(violation.field)
-                detail.Pack(request)
+        for detail in filter(lambda detail: detail.Unpack(request), status.details):
+            for violation in request.field_violations:
+                violation.field = shift(violation.field)
+            detail.Pack(request)
         trailers = grpc.aio.Metadata((key, status.SerializeToString()))
         error = grpc.aio.AioRpcError(error.code(), grpc.aio.Metadata(), trailers, status.message)
     error.add_note(f"in a call with {chunk.rows} rows, from row {chunk.start} on")

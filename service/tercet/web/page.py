@@ -26,7 +26,7 @@ from tercet.errors import StartupError
 
 FOLDER = Path(__file__).parent
 SHEET, SHEET_SCRIPT, BANNER, ANSWER = (
-    (FOLDER / name).read_text() for name in ("sheet.html", "sheet.js", "banner.html", "answer.html")
+    (FOLDER / name).read_text() for name in ["sheet.html", "sheet.js", "banner.html", "answer.html"]
 )
 HEALTH_CHECK_SECONDS = 2.0  # between two health checks of the service
 COUNT_PAUSE_SECONDS, COUNT_MAX_WORDS = 0.1, 100  # between two words of a count, and how many are shown
@@ -58,19 +58,17 @@ class Page:
             gr.HTML(f"<h1>tercet</h1><p>Small PyTorch models behind one gRPC service, {escape(self.address)}</p>")
             banner = gr.HTML("", html_template=BANNER)
             with gr.Row():
-                self._add_digits(banner)
+                with gr.Column(min_width=300):
+                    gr.HTML("<h2>Draw a digit</h2>")
+                    sheet = gr.HTML("", html_template=SHEET, js_on_load=SHEET_SCRIPT)
+                    answer = gr.HTML(NO_DIGIT, html_template=ANSWER)
                 described = self._add_diabetes()
                 self._add_fizzbuzz()
+            gr.on([sheet.input, banner.change], self.classify, sheet, answer, trigger_mode="always_last", **DIRECT)
             gr.on([blocks.load, banner.change], self.describe_diabetes, None, described, **DIRECT)
             gr.on([blocks.load, gr.Timer(HEALTH_CHECK_SECONDS).tick], self.check_health, None, banner, **DIRECT)
             blocks.queue(default_concurrency_limit=None)
         return blocks  # type: ignore[no-any-return]
-
-    def _add_digits(self, banner: gr.HTML) -> None:
-        with gr.Column(min_width=300):
-            gr.HTML("<h2>Draw a digit</h2>")
-            sheet, answer = gr.HTML("", html_template=SHEET, js_on_load=SHEET_SCRIPT), gr.HTML(NO_DIGIT, html_template=ANSWER)
-            gr.on([sheet.input, banner.change], self.classify, sheet, answer, trigger_mode="always_last", **DIRECT)
 
     def _add_diabetes(self) -> list[gr.Component]:
         """Return the components that `describe_diabetes` fills in."""
@@ -132,9 +130,8 @@ class Page:
     def assess(self, *values: str) -> dict[str, Any]:
         """Assess one patient; an empty value was not measured."""
         with self._answer() as (client, answer):
-            measured = {name: text for name, text in zip(FIELDS, values, strict=True) if text.strip()}
-            patient = {name: parse(text, np.float64, "a number such as 33.6") for name, text in measured.items()}
-            [assessment] = client.assess([patient])
+            measured = [(name, text) for name, text in zip(FIELDS, values, strict=True) if text.strip()]
+            [assessment] = client.assess([{name: parse(text, np.float64, "a number such as 33.6") for name, text in measured}])
             answer |= {"text": assessment.label, "bars": {"positive test": f"{assessment.probability:.1%}"}}
         return answer
 
