@@ -5,7 +5,7 @@ import gc
 import logging
 import os
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -15,11 +15,11 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
-from tercet.errors import InvalidInputError, StartupError
+from tercet.errors import StartupError
 from tercet.proto import POOL
 from tercet.server.config import MAX_INT, Config
 from tercet.server.repository import Repository
-from tercet.server.rpc import Calls, TolerantServer, abort_call
+from tercet.server.rpc import Calls, RpcServer
 from tercet.server.security import BearerTokens, reserve_port, tls_credentials
 from tercet.server.servicers import SERVICES, Backend
 from tercet.server.telemetry import MetricMemory, Telemetry, start_metrics_server
@@ -54,25 +54,17 @@ class Health(health.aio.HealthServicer):  # type: ignore[misc]  # it has no type
         super().__init__()
         self._watches: WeakSet[asyncio.Future[None]] = WeakSet()
 
-    async def Check(self, request: Any, context: Any) -> Any:  # noqa: N802
-        await _abort_if_malformed(request, context)
-        return await super().Check(request, context)
-
-    async def Watch(self, request: Any, context: Any) -> None:  # noqa: N802
-        await _abort_if_malformed(request, context)
+    async def Watch(self, request: Any, context: Any) -> AsyncIterator[Any]:
         watch = asyncio.ensure_future(super().Watch(request, context))
         self._watches.add(watch)
         with suppress(asyncio.CancelledError):
             await watch
+        return
+        yield  # type: ignore[unreachable]  # it makes this a generator; the base class has written the responses
 
     def end_watches(self) -> None:
         for watch in self._watches:
             watch.cancel()
-
-
-async def _abort_if_malformed(request: Any, context: Any) -> None:
-    if isinstance(request, InvalidInputError):
-        await abort_call(context, request)
 
 
 class Server:
@@ -94,16 +86,16 @@ class Server:
         self._relay = relay
         self.stopping = asyncio.Event()
         self._server = grpc.aio.server(interceptors=interceptors, options=list(_grpc_options(config).items()))
-        self._add_services(Backend(repository=self.repository, telemetry=self.telemetry, calls=self.calls, command=self.command))
+        self._add_services(Backend(repository=self.repository, telemetry=self.telemetry, command=self.command))
         if config.workers == 1:  # with several, the parent has reserved it
             reserve_port(config).close()  # gRPC's own error names no cause, and goes to stderr
         self.config = replace(config, port=self._server.add_secure_port(config.address, tls_credentials(config)))
 
     def _add_services(self, backend: Backend) -> None:
-        server = TolerantServer(self._server)
         for service in SERVICES:
-            service.add_to_server(service.servicer(backend), server)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+            service.add_to_server(service.servicer(backend), RpcServer(self._server, self.calls, self.telemetry))
+        uncounted = RpcServer(self._server, Calls(), Telemetry())  # health checks are answered while the server drains, too
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, uncounted)
         for module in (health_pb2, reflection_pb2):
             POOL.AddSerializedFile(module.DESCRIPTOR.serialized_pb)
         reflection.enable_server_reflection(SERVICE_NAMES, self._server, pool=POOL)

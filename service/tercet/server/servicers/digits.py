@@ -1,5 +1,4 @@
 """tercet.v1.Digits: images of handwritten digits."""
-# ruff: noqa: N802  methods are named after their RPCs
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +11,7 @@ from tercet.errors import InvalidInputError
 from tercet.proto import digits_pb2 as pb
 from tercet.proto import digits_pb2_grpc
 from tercet.server.images import SIDE, PixelBudget, decode_image
-from tercet.server.rpc import Backend, BaseServicer, unary_rpc
+from tercet.server.rpc import Backend, BaseServicer
 
 DECODER_THREADS = 4  # a large image takes up to 0.3 GB while it is decoded
 
@@ -24,7 +23,6 @@ class DigitsServicer(BaseServicer, digits_pb2_grpc.DigitsServicer):
         super().__init__(backend)
         self._decoders = ThreadPoolExecutor(DECODER_THREADS)
 
-    @unary_rpc
     async def Classify(self, request: pb.ClassifyRequest, _context: Any) -> pb.ClassifyResponse:
         model = self.backend.repository.get("mnist")
         model.check_row_count(request.images, "images")
