@@ -23,7 +23,7 @@ from ray import serve
 from tercet.errors import ModelNotFoundError, ModelRefusedError, ServiceError, StartupError
 from tercet.server.config import Config
 from tercet.server.repository import Repository
-from tercet.server.rpc import Calls, RpcServer
+from tercet.server.rpc import RpcServer
 from tercet.server.servicers import SERVICES, Backend, BaseServicer
 from tercet.server.telemetry import Telemetry
 
@@ -114,7 +114,7 @@ class Replica:
         self._repository, self.methods = Repository(config, telemetry), Methods()
         backend = Backend(repository=self._repository, telemetry=telemetry, command=refuse)
         for add_to_server, servicer in SERVICERS.items():
-            add_to_server(servicer(backend), RpcServer(self.methods, Calls(), telemetry))
+            add_to_server(servicer(backend), RpcServer(self.methods, telemetry))
         self._watching = asyncio.create_task(self._watch(config.watch))
 
     async def _watch(self, pause: float) -> None:
@@ -173,7 +173,7 @@ def add_servicers(servicer: Any, server: Any) -> None:
     Requests stay bytes: the replica parses them.
     """
     for add_to_server in SERVICERS:
-        add_to_server(servicer, RpcServer(server, Calls(), Telemetry()))
+        add_to_server(servicer, RpcServer(server, Telemetry()))
 
 
 def app(settings: dict[str, str]) -> serve.Application:

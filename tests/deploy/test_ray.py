@@ -14,7 +14,7 @@ from grpc_health.v1 import health_pb2_grpc
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from tercet.errors import InvalidInputError, ShuttingDownError, StartupError
 from tercet.proto.fizzbuzz_pb2 import AnswerRequest, CountRequest
-from tercet.server.rpc import Calls, RpcServer
+from tercet.server.rpc import RpcServer
 from tercet.server.servicers import Backend
 from tercet.server.telemetry import Telemetry
 
@@ -63,7 +63,7 @@ def replica(error: Exception) -> Any:
     """Return a replica whose models raise `error`."""
     methods = ray_app.Methods()
     for add, servicer in ray_app.SERVICERS.items():
-        add(servicer(backend(Refusing(error))), RpcServer(methods, Calls(), Telemetry()))
+        add(servicer(backend(Refusing(error))), RpcServer(methods, Telemetry()))
     return SimpleNamespace(methods=methods)
 
 
@@ -124,7 +124,7 @@ def test_health() -> None:
     models = SimpleNamespace(all_names=lambda: ["a", "b"], loaded_names=lambda: ["a"], ready=False)
     servicer, context = ray_app.HealthServicer(backend(models)), RayContext()
     methods = ray_app.Methods()
-    health_pb2_grpc.add_HealthServicer_to_server(servicer, RpcServer(methods, Calls(), Telemetry()))
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, RpcServer(methods, Telemetry()))
     here = SimpleNamespace(methods=methods)
 
     def ask(name: str) -> Any:

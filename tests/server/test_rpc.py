@@ -15,7 +15,7 @@ from grpc import StatusCode
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tercet.proto.fizzbuzz_pb2 import AnswerRequest, CountRequest
 from tercet.proto.fizzbuzz_pb2_grpc import FizzBuzzStub
-from tercet.server.rpc import Calls, RpcServer
+from tercet.server.rpc import RpcServer
 
 from tests.conftest import Service
 from tests.server.support import NOT_SERVING, SERVING, HeldEngine, fields, inside, refused, unpack
@@ -52,7 +52,7 @@ def test_late_calls(workspace: Path, engine: HeldEngine) -> None:
             stub = FizzBuzzStub(channel)
             running = stub.Answer(AnswerRequest(numbers=[1]))
             await asyncio.to_thread(engine.begun.wait)
-            server.calls.draining = True
+            server.rpc.draining = True
             for call in (stub.Answer(AnswerRequest(numbers=[2])), stub.Count(CountRequest(start=2, stop=3))):
                 assert await call.code() == StatusCode.UNAVAILABLE
                 assert "retry with another instance" in await call.details()
@@ -75,11 +75,12 @@ async def stream(request: Any, _context: Any) -> AsyncIterator[Any]:
 
 def call(method: Any, content: bytes, *, remaining: float | None = None, draining: bool = False) -> tuple[Any, int, Any]:
     """Call `unary` or `stream`. Returns the response or the status code, the number of calls received, and the telemetry."""
-    server, calls, telemetry = Mock(), Calls(), Mock()
-    calls.draining = draining
+    server, telemetry = Mock(), Mock()
+    rpc = RpcServer(server, telemetry)
+    rpc.draining = draining
     make_handler: Any = grpc.unary_stream_rpc_method_handler if method is stream else grpc.unary_unary_rpc_method_handler
     handler = make_handler(method, request_deserializer=AnswerRequest.FromString)
-    RpcServer(server, calls, telemetry).add_registered_method_handlers("service", {"Method": handler})
+    rpc.add_registered_method_handlers("service", {"Method": handler})
     [(_, handlers)] = [each.args for each in server.add_registered_method_handlers.call_args_list]
     context = Mock(time_remaining=lambda: remaining, abort=AsyncMock(side_effect=lambda code, *_, **__: abort(code)))
 
@@ -89,9 +90,9 @@ def call(method: Any, content: bytes, *, remaining: float | None = None, drainin
         return await handlers["Method"].unary_unary(content, context)
 
     try:
-        return asyncio.run(main()), calls.received, telemetry
+        return asyncio.run(main()), rpc.received, telemetry
     except AbortedError as aborted:
-        return aborted.args[0], calls.received, telemetry
+        return aborted.args[0], rpc.received, telemetry
 
 
 class AbortedError(Exception):

@@ -19,7 +19,7 @@ from tercet.errors import StartupError
 from tercet.proto import POOL
 from tercet.server.config import MAX_INT, Config
 from tercet.server.repository import Repository
-from tercet.server.rpc import Calls, RpcServer
+from tercet.server.rpc import RpcServer
 from tercet.server.security import BearerTokens, reserve_port, tls_credentials
 from tercet.server.servicers import SERVICES, Backend
 from tercet.server.telemetry import MetricMemory, Telemetry, start_metrics_server
@@ -52,19 +52,15 @@ class Health(health.aio.HealthServicer):  # type: ignore[misc]  # it has no type
 
     def __init__(self) -> None:
         super().__init__()
-        self._watches: WeakSet[asyncio.Future[None]] = WeakSet()
+        self.watches: WeakSet[asyncio.Future[None]] = WeakSet()
 
     async def Watch(self, request: Any, context: Any) -> AsyncIterator[Any]:
         watch = asyncio.ensure_future(super().Watch(request, context))
-        self._watches.add(watch)
+        self.watches.add(watch)
         with suppress(asyncio.CancelledError):
             await watch
         return
         yield  # type: ignore[unreachable]  # it makes this a generator; the base class has written the responses
-
-    def end_watches(self) -> None:
-        for watch in self._watches:
-            watch.cancel()
 
 
 class Server:
@@ -81,11 +77,12 @@ class Server:
         self._tracing = _start_tracing(config.trace_endpoint) if config.trace_endpoint else None
         interceptors: list[grpc.aio.ServerInterceptor] = [self._tracing.interceptor] if self._tracing else []
         interceptors += [BearerTokens(config.token_file)] if config.token_file else []
-        self.telemetry, self.calls, self._health = Telemetry(memory), Calls(), Health()
+        self.telemetry, self._health = Telemetry(memory), Health()
         self.repository = Repository(config, self.telemetry, self._tracing.record_batch if self._tracing else None)
         self._relay = relay
         self.stopping = asyncio.Event()
         self._server = grpc.aio.server(interceptors=interceptors, options=list(_grpc_options(config).items()))
+        self.rpc = RpcServer(self._server, self.telemetry)
         self._add_services(Backend(repository=self.repository, telemetry=self.telemetry, command=self.command))
         if config.workers == 1:  # with several, the parent has reserved it
             reserve_port(config).close()  # gRPC's own error names no cause, and goes to stderr
@@ -93,8 +90,8 @@ class Server:
 
     def _add_services(self, backend: Backend) -> None:
         for service in SERVICES:
-            service.add_to_server(service.servicer(backend), RpcServer(self._server, self.calls, self.telemetry))
-        uncounted = RpcServer(self._server, Calls(), Telemetry())  # health checks are answered while the server drains, too
+            service.add_to_server(service.servicer(backend), self.rpc)
+        uncounted = RpcServer(self._server, Telemetry())  # health checks are answered while the server drains, too
         health_pb2_grpc.add_HealthServicer_to_server(self._health, uncounted)
         for module in (health_pb2, reflection_pb2):
             POOL.AddSerializedFile(module.DESCRIPTOR.serialized_pb)
@@ -155,9 +152,10 @@ class Server:
         self._watching.cancel()
         await self._health.enter_graceful_shutdown()
         await self._wait_for_quiet()
-        self.calls.draining = True
+        self.rpc.draining = True
         await self._wait_for_quiet()
-        self._health.end_watches()
+        for watch in self._health.watches:
+            watch.cancel()
         await self._server.stop(self.config.grace)
         await self.repository.close()
         if self._tracing:
@@ -166,9 +164,9 @@ class Server:
     async def _wait_for_quiet(self) -> None:
         """Wait until no calls arrive, for a limited time."""
         for _ in range(DRAIN_MAX_POLLS):
-            received = self.calls.received
+            received = self.rpc.received
             await asyncio.sleep(DRAIN_POLL_SECONDS)
-            if self.calls.received == received:
+            if self.rpc.received == received:
                 return
 
 

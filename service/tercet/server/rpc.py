@@ -13,22 +13,6 @@ from tercet.server.repository import Repository
 from tercet.server.telemetry import Telemetry
 
 
-class Calls:
-    """Counts the calls that this process has received, and refuses new ones once `draining` is set."""
-
-    def __init__(self) -> None:
-        self.received = 0
-        self.draining = False
-
-    def accept(self, context: Any) -> None:
-        """Count a new call. Raises ShuttingDownError while draining, and DeadlineExceededError when it comes too late."""
-        self.received += 1
-        if self.draining:
-            raise ShuttingDownError
-        if context.time_remaining() == 0:  # gRPC will cancel this call, but not at once
-            raise DeadlineExceededError("the deadline had passed before the request was read")
-
-
 @dataclass(frozen=True, kw_only=True)
 class Backend:
     """The parts of one process that all its servicers share."""
@@ -62,12 +46,14 @@ async def abort_call(context: Any, error: ServiceError) -> NoReturn:
 class RpcServer:
     """Adds servicers to a gRPC server: pass it to the generated add_..._to_server functions.
 
-    It wraps each method: calls are accepted and recorded, and exceptions become a status. Requests are parsed here, as gRPC answers
+    It wraps each method: calls are counted and recorded, and exceptions become a status. Requests are parsed here, as gRPC answers
     UNKNOWN to bytes that cannot be parsed, and logs a traceback. A stream of requests stays bytes, which the method parses.
     """
 
-    def __init__(self, server: Any, calls: Calls, telemetry: Telemetry) -> None:
-        self._server, self._calls, self._telemetry = server, calls, telemetry
+    def __init__(self, server: Any, telemetry: Telemetry) -> None:
+        self._server, self._telemetry = server, telemetry
+        self.received = 0  # calls
+        self.draining = False  # whether to refuse new calls
 
     def add_generic_rpc_handlers(self, handlers: Sequence[grpc.GenericRpcHandler]) -> None:
         """Do nothing: generated code adds the same methods with add_registered_method_handlers as well."""
@@ -77,6 +63,14 @@ class RpcServer:
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, wrapped),))
         self._server.add_registered_method_handlers(service, wrapped)
 
+    def _accept(self, context: Any) -> None:
+        """Count a new call. Raises ShuttingDownError while draining, and DeadlineExceededError when it comes too late."""
+        self.received += 1
+        if self.draining:
+            raise ShuttingDownError
+        if context.time_remaining() == 0:  # gRPC will cancel this call, but not at once
+            raise DeadlineExceededError("the deadline had passed before the request was read")
+
     def _wrap(self, name: str, handler: Any) -> Any:
         kind = "_".join("stream" if stream else "unary" for stream in (handler.request_streaming, handler.response_streaming))
         method, parse = getattr(handler, kind), handler.request_deserializer
@@ -84,7 +78,7 @@ class RpcServer:
         async def unary(content: Any, context: Any) -> Any:
             started = perf_counter()
             try:
-                self._calls.accept(context)
+                self._accept(context)
                 response = await method(parse(content), context)
             except BaseException as error:  # noqa: BLE001  every exception has to become a status
                 await self._fail(error, name, context)
@@ -93,7 +87,7 @@ class RpcServer:
 
         async def stream(content: Any, context: Any) -> AsyncIterator[Any]:
             try:
-                self._calls.accept(context)
+                self._accept(context)
                 async for response in method(content if handler.request_streaming else parse(content), context):
                     yield response
             except Exception as error:  # noqa: BLE001  every exception has to become a status
