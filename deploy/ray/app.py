@@ -57,10 +57,7 @@ class HealthServicer(BaseServicer, health_pb2_grpc.HealthServicer):  # type: ign
         return HealthCheckResponse.SERVING if serving else HealthCheckResponse.NOT_SERVING
 
 
-SERVICERS: dict[Callable[[Any, Any], None], type[BaseServicer]] = {
-    **{service.add_to_server: service.servicer for service in SERVICES},
-    health_pb2_grpc.add_HealthServicer_to_server: HealthServicer,
-}
+SERVICERS = {**SERVICES, health_pb2_grpc.add_HealthServicer_to_server: HealthServicer}
 SETTINGS = {  # the options of `tercet serve` that apply; Ray decides the others
     *("models", "engine", "device", "threads", "require_signed", "watch"),
     *("max_request_rows", "max_batch_rows", "max_queue_rows", "max_delay", "queue_timeout"),

@@ -44,8 +44,6 @@ CONNECTION_OPTIONS = {  # times in ms
 }
 DRAIN_POLL_SECONDS, DRAIN_MAX_POLLS = 0.1, 5  # each step of the shutdown waits for a period without new calls
 
-SERVICE_NAMES = (*(service.name for service in SERVICES), health.SERVICE_NAME, reflection.SERVICE_NAME)
-
 
 class Health(health.aio.HealthServicer):  # type: ignore[misc]  # it has no types
     """The standard health service, except that watchers do not delay the shutdown."""
@@ -89,13 +87,14 @@ class Server:
         self.config = replace(config, port=self._server.add_secure_port(config.address, tls_credentials(config)))
 
     def _add_services(self, backend: Backend) -> None:
-        for service in SERVICES:
-            service.add_to_server(service.servicer(backend), self.rpc)
+        for add_to_server, servicer in SERVICES.items():
+            add_to_server(servicer(backend), self.rpc)
         uncounted = RpcServer(self._server, Telemetry())  # health checks are answered while the server drains, too
         health_pb2_grpc.add_HealthServicer_to_server(self._health, uncounted)
         for module in (health_pb2, reflection_pb2):
             POOL.AddSerializedFile(module.DESCRIPTOR.serialized_pb)
-        reflection.enable_server_reflection(SERVICE_NAMES, self._server, pool=POOL)
+        names = [*self.rpc.services, health.SERVICE_NAME, reflection.SERVICE_NAME]
+        reflection.enable_server_reflection(names, self._server, pool=POOL)
 
     async def start(self) -> None:
         """Accept calls, and report to health checks which models are served."""

@@ -52,6 +52,7 @@ class RpcServer:
 
     def __init__(self, server: Any, telemetry: Telemetry) -> None:
         self._server, self._telemetry = server, telemetry
+        self.services: list[str] = []  # their full names
         self.received = 0  # calls
         self.draining = False  # whether to refuse new calls
 
@@ -59,6 +60,7 @@ class RpcServer:
         """Do nothing: generated code adds the same methods with add_registered_method_handlers as well."""
 
     def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Any]) -> None:
+        self.services.append(service)
         wrapped = {name: self._wrap(name, handler) for name, handler in handlers.items()}
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, wrapped),))
         self._server.add_registered_method_handlers(service, wrapped)
