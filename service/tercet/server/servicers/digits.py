@@ -11,22 +11,18 @@ from tercet.errors import InvalidInputError
 from tercet.proto import digits_pb2 as pb
 from tercet.proto import digits_pb2_grpc
 from tercet.server.images import SIDE, PixelBudget, decode_image
-from tercet.server.rpc import Backend, BaseServicer
+from tercet.server.rpc import BaseServicer
 
-DECODER_THREADS = 4  # a large image takes up to 0.3 GB while it is decoded
+DECODERS = ThreadPoolExecutor(4)  # a large image takes up to 0.3 GB while it is decoded
 
 
 class DigitsServicer(BaseServicer, digits_pb2_grpc.DigitsServicer):
     """Answers with the model `mnist`."""
 
-    def __init__(self, backend: Backend) -> None:
-        super().__init__(backend)
-        self._decoders = ThreadPoolExecutor(DECODER_THREADS)
-
     async def Classify(self, request: pb.ClassifyRequest, _context: Any) -> pb.ClassifyResponse:
         model = self.backend.repository.get("mnist")
         model.check_row_count(request.images, "images")
-        rows = await asyncio.get_running_loop().run_in_executor(self._decoders, decode_request, request)  # may take seconds
+        rows = await asyncio.get_running_loop().run_in_executor(DECODERS, decode_request, request)  # may take seconds
         probabilities = (await model.infer(rows, "images[{row}]")).tolist()
         return pb.ClassifyResponse(digits=[pb.Digit(digit=p.index(max(p)), probabilities=p) for p in probabilities])
 

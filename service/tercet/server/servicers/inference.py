@@ -146,7 +146,7 @@ def model_statistics(model: Model) -> pb.ModelStatistics:
         name=model.card.name,
         version=model.card.version,
         last_inference=round(recorded.last_inference * 1e3),
-        inference_count=recorded.rows,
+        inference_count=sum(rows * batch.count for rows, batch in batches),
         execution_count=sum(batch.count for _, batch in batches),
         inference_stats=pb.InferStatistics(**{name: statistic_duration(each) for name, each in requests.items()}),
         batch_stats=[pb.InferBatchStatistics(batch_size=rows, compute_infer=statistic_duration(batch)) for rows, batch in batches],
