@@ -24,7 +24,7 @@ from tercet.errors import ModelNotFoundError, ModelRefusedError, ServiceError, S
 from tercet.server.config import Config
 from tercet.server.repository import Repository
 from tercet.server.rpc import RpcServer
-from tercet.server.servicers import SERVICES, Backend, BaseServicer
+from tercet.server.servicers import SERVICES, BaseServicer
 from tercet.server.telemetry import Telemetry
 
 
@@ -41,7 +41,7 @@ class HealthServicer(BaseServicer, health_pb2_grpc.HealthServicer):  # type: ign
 
     async def List(self, _request: Any, _context: Any) -> HealthListResponse:
         """Return the status of every name."""
-        names = ("", *self.backend.repository.all_names())
+        names = ("", *self.repository.all_names())
         return HealthListResponse(statuses={name: HealthCheckResponse(status=self._status(name)) for name in names})
 
     async def Watch(self, _request: Any, _context: Any) -> AsyncIterator[HealthCheckResponse]:
@@ -50,7 +50,7 @@ class HealthServicer(BaseServicer, health_pb2_grpc.HealthServicer):  # type: ign
         yield  # type: ignore[unreachable]  # it makes this a generator
 
     def _status(self, name: str) -> HealthCheckResponse.ServingStatus:
-        repository = self.backend.repository
+        repository = self.repository
         if name and name not in repository.all_names():
             raise ModelNotFoundError(f"there is no model {name!r}; the models are {', '.join(repository.all_names())}")
         serving = name in repository.loaded_names() if name else repository.ready
@@ -109,9 +109,8 @@ class Replica:
         """Load the models. Raises StartupError."""
         telemetry = Telemetry()
         self._repository, self.methods = Repository(config, telemetry), Methods()
-        backend = Backend(repository=self._repository, telemetry=telemetry, command=refuse)
         for add_to_server, servicer in SERVICERS.items():
-            add_to_server(servicer(backend), RpcServer(self.methods, telemetry))
+            add_to_server(servicer(self._repository, telemetry, refuse), RpcServer(self.methods, telemetry))
         self._watching = asyncio.create_task(self._watch(config.watch))
 
     async def _watch(self, pause: float) -> None:

@@ -15,7 +15,6 @@ from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from tercet.errors import InvalidInputError, ShuttingDownError, StartupError
 from tercet.proto.fizzbuzz_pb2 import AnswerRequest, CountRequest
 from tercet.server.rpc import RpcServer
-from tercet.server.servicers import Backend
 from tercet.server.telemetry import Telemetry
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install -c constraints.txt -e '.[serve,ray]'")
@@ -55,15 +54,11 @@ class RayContext:
         self.metadata = tuple(metadata)
 
 
-def backend(repository: Any) -> Backend:
-    return Backend(repository=repository, telemetry=Telemetry(), command=ray_app.refuse)
-
-
 def replica(error: Exception) -> Any:
     """Return a replica whose models raise `error`."""
     methods = ray_app.Methods()
     for add, servicer in ray_app.SERVICERS.items():
-        add(servicer(backend(Refusing(error))), RpcServer(methods, Telemetry()))
+        add(servicer(Refusing(error), Telemetry(), ray_app.refuse), RpcServer(methods, Telemetry()))
     return SimpleNamespace(methods=methods)
 
 
@@ -122,7 +117,7 @@ def test_a_stream_ends_with_its_code() -> None:
 def test_health() -> None:
     """The standard health service says which models a replica serves; Watch is UNIMPLEMENTED."""
     models = SimpleNamespace(all_names=lambda: ["a", "b"], loaded_names=lambda: ["a"], ready=False)
-    servicer, context = ray_app.HealthServicer(backend(models)), RayContext()
+    servicer, context = ray_app.HealthServicer(models, Telemetry(), ray_app.refuse), RayContext()
     methods = ray_app.Methods()
     health_pb2_grpc.add_HealthServicer_to_server(servicer, RpcServer(methods, Telemetry()))
     here = SimpleNamespace(methods=methods)

@@ -21,7 +21,7 @@ from tercet.server.config import MAX_INT, Config
 from tercet.server.repository import Repository
 from tercet.server.rpc import RpcServer
 from tercet.server.security import BearerTokens, reserve_port, tls_credentials
-from tercet.server.servicers import SERVICES, Backend
+from tercet.server.servicers import SERVICES
 from tercet.server.telemetry import MetricMemory, Telemetry, start_metrics_server
 
 log = logging.getLogger(__name__)
@@ -81,14 +81,14 @@ class Server:
         self.stopping = asyncio.Event()
         self._server = grpc.aio.server(interceptors=interceptors, options=list(_grpc_options(config).items()))
         self.rpc = RpcServer(self._server, self.telemetry)
-        self._add_services(Backend(repository=self.repository, telemetry=self.telemetry, command=self.command))
+        self._add_services()
         if config.workers == 1:  # with several, the parent has reserved it
             reserve_port(config).close()  # gRPC's own error names no cause, and goes to stderr
         self.config = replace(config, port=self._server.add_secure_port(config.address, tls_credentials(config)))
 
-    def _add_services(self, backend: Backend) -> None:
+    def _add_services(self) -> None:
         for add_to_server, servicer in SERVICES.items():
-            add_to_server(servicer(backend), self.rpc)
+            add_to_server(servicer(self.repository, self.telemetry, self.command), self.rpc)
         uncounted = RpcServer(self._server, Telemetry())  # health checks are answered while the server drains, too
         health_pb2_grpc.add_HealthServicer_to_server(self._health, uncounted)
         for module in (health_pb2, reflection_pb2):

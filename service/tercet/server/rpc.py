@@ -13,20 +13,13 @@ from tercet.server.repository import Repository
 from tercet.server.telemetry import Telemetry
 
 
-@dataclass(frozen=True, kw_only=True)
-class Backend:
-    """The parts of one process that all its servicers share."""
+@dataclass(eq=False)
+class BaseServicer:
+    """Base of the gRPC servicers. A method calls a model with the rows of a request and encodes its output, or raises."""
 
     repository: Repository
     telemetry: Telemetry
     command: Callable[[str], Awaitable[None]]  # runs `load NAME` or `unload NAME`
-
-
-class BaseServicer:
-    """Base of the gRPC servicers. A method calls a model with the rows of a request and encodes its output, or raises."""
-
-    def __init__(self, backend: Backend) -> None:
-        self.backend = backend
 
 
 def as_service_error(error: Exception) -> ServiceError:

@@ -4,13 +4,13 @@ from collections.abc import Callable
 from typing import Any
 
 from tercet.proto import diabetes_pb2_grpc, digits_pb2_grpc, fizzbuzz_pb2_grpc, inference_pb2_grpc
-from tercet.server.rpc import Backend, BaseServicer
+from tercet.server.rpc import BaseServicer
 from tercet.server.servicers.diabetes import DiabetesServicer
 from tercet.server.servicers.digits import DigitsServicer
 from tercet.server.servicers.fizzbuzz import FizzBuzzServicer
 from tercet.server.servicers.inference import InferenceServicer
 
-__all__ = ["SERVICES", "Backend", "BaseServicer"]
+__all__ = ["SERVICES", "BaseServicer"]
 
 SERVICES: dict[Callable[[Any, Any], None], type[BaseServicer]] = {
     inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server: InferenceServicer,

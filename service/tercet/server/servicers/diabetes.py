@@ -14,7 +14,7 @@ class DiabetesServicer(BaseServicer, diabetes_pb2_grpc.DiabetesServicer):
     """Answers with the model `diabetes`."""
 
     async def Assess(self, request: pb.AssessRequest, _context: Any) -> pb.AssessResponse:
-        model = self.backend.repository.get("diabetes")
+        model = self.repository.get("diabetes")
         model.check_row_count(request.patients, "patients")  # before decoding, which is slow for very many
         rows = np.array([decode_patient(patient, model.card) for patient in request.patients], dtype=np.float32)
         return encode_response(await model.infer(rows, "patients[{row}].{feature}"), model.card)

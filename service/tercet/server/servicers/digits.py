@@ -20,7 +20,7 @@ class DigitsServicer(BaseServicer, digits_pb2_grpc.DigitsServicer):
     """Answers with the model `mnist`."""
 
     async def Classify(self, request: pb.ClassifyRequest, _context: Any) -> pb.ClassifyResponse:
-        model = self.backend.repository.get("mnist")
+        model = self.repository.get("mnist")
         model.check_row_count(request.images, "images")
         rows = await asyncio.get_running_loop().run_in_executor(DECODERS, decode_request, request)  # may take seconds
         probabilities = (await model.infer(rows, "images[{row}]")).tolist()

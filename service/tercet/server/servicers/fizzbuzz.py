@@ -20,15 +20,14 @@ class FizzBuzzServicer(BaseServicer, fizzbuzz_pb2_grpc.FizzBuzzServicer):
     """Answers with the models `fizzbuzz` and `fizzbuzz_any`; see `answer_numbers`."""
 
     async def Answer(self, request: pb.AnswerRequest, _context: Any) -> pb.AnswerResponse:
-        widest_model(self.backend.repository).check_row_count(request.numbers, "numbers")
+        widest_model(self.repository).check_row_count(request.numbers, "numbers")
         numbers = np.array(request.numbers, dtype=np.int64)
-        words, models = await answer_numbers(self.backend.repository, numbers, "numbers[{row}]")
+        words, models = await answer_numbers(self.repository, numbers, "numbers[{row}]")
         return pb.AnswerResponse(words=words, models=models)
 
     async def Count(self, request: pb.CountRequest, _context: Any) -> AsyncIterator[pb.CountResponse]:
-        repository = self.backend.repository
-        for numbers in count_chunks(request, widest_model(repository).card):
-            answers = await answer_numbers(repository, numbers, "start")
+        for numbers in count_chunks(request, widest_model(self.repository).card):
+            answers = await answer_numbers(self.repository, numbers, "start")
             for number, word, model in zip(numbers, *answers, strict=True):
                 yield pb.CountResponse(number=number, word=word, model=model)
 

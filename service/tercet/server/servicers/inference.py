@@ -27,12 +27,12 @@ class InferenceServicer(BaseServicer, inference_pb2_grpc.GRPCInferenceServiceSer
         return pb.ServerLiveResponse(live=True)
 
     async def ServerReady(self, _request: pb.ServerReadyRequest, _context: Any) -> pb.ServerReadyResponse:
-        return pb.ServerReadyResponse(ready=self.backend.repository.ready)
+        return pb.ServerReadyResponse(ready=self.repository.ready)
 
     async def ModelReady(self, request: pb.ModelReadyRequest, _context: Any) -> pb.ModelReadyResponse:
         """Return whether a model is loaded. An unknown one is an error."""
         try:
-            self.backend.repository.get(request.name, request.version)
+            self.repository.get(request.name, request.version)
         except ModelUnavailableError:
             return pb.ModelReadyResponse(ready=False)
         return pb.ModelReadyResponse(ready=True)
@@ -41,7 +41,7 @@ class InferenceServicer(BaseServicer, inference_pb2_grpc.GRPCInferenceServiceSer
         return pb.ServerMetadataResponse(name="tercet", version=VERSION)
 
     async def ModelMetadata(self, request: pb.ModelMetadataRequest, _context: Any) -> pb.ModelMetadataResponse:
-        model = self.backend.repository.get(request.name, request.version)
+        model = self.repository.get(request.name, request.version)
         card = model.card
         response = pb.ModelMetadataResponse(name=card.name, versions=[card.version], platform=model.batcher.engine.platform)
         for tensors, tensor in ((response.inputs, card.input), (response.outputs, card.output)):
@@ -49,13 +49,13 @@ class InferenceServicer(BaseServicer, inference_pb2_grpc.GRPCInferenceServiceSer
         return response
 
     async def ModelInfer(self, request: pb.ModelInferRequest, _context: Any) -> pb.ModelInferResponse:
-        model = self.backend.repository.get(request.model_name, request.model_version)
+        model = self.repository.get(request.model_name, request.model_version)
         output = await model.infer(decode_request(request, model.card), INPUT_FIELD)
         return encode_response(output, request, model.card)
 
     async def ModelConfig(self, request: pb.ModelConfigRequest, _context: Any) -> pb.ModelConfigResponse:
         """Return a model's configuration in Triton's terms. The parameters are what clients show to people; lists are JSON."""
-        model = self.backend.repository.get(request.name, request.version)
+        model = self.repository.get(request.name, request.version)
         card = model.card
         config = pb.ModelConfig(
             name=card.name,
@@ -73,16 +73,16 @@ class InferenceServicer(BaseServicer, inference_pb2_grpc.GRPCInferenceServiceSer
         return pb.ModelConfigResponse(config=config)
 
     async def ModelStatistics(self, request: pb.ModelStatisticsRequest, _context: Any) -> pb.ModelStatisticsResponse:
-        repository = self.backend.repository
-        names = [request.name] if request.name else repository.loaded_names()
-        return pb.ModelStatisticsResponse(model_stats=[model_statistics(repository.get(name, request.version)) for name in names])
+        names = [request.name] if request.name else self.repository.loaded_names()
+        return pb.ModelStatisticsResponse(
+            model_stats=[model_statistics(self.repository.get(name, request.version)) for name in names]
+        )
 
     async def RepositoryIndex(self, request: pb.RepositoryIndexRequest, _context: Any) -> pb.RepositoryIndexResponse:
-        repository = self.backend.repository
-        loaded, response = repository.loaded_names(), pb.RepositoryIndexResponse()
-        for name in loaded if request.ready else repository.all_names():
-            served, state = (repository.get(name).card.version, "READY") if name in loaded else ("", "UNAVAILABLE")
-            response.models.add(name=name, version=served, state=state, reason=repository.reason(name))
+        loaded, response = self.repository.loaded_names(), pb.RepositoryIndexResponse()
+        for name in loaded if request.ready else self.repository.all_names():
+            served, state = (self.repository.get(name).card.version, "READY") if name in loaded else ("", "UNAVAILABLE")
+            response.models.add(name=name, version=served, state=state, reason=self.repository.reason(name))
         return response
 
     async def RepositoryModelLoad(self, request: pb.RepositoryModelLoadRequest, _context: Any) -> pb.RepositoryModelLoadResponse:
@@ -100,7 +100,7 @@ class InferenceServicer(BaseServicer, inference_pb2_grpc.GRPCInferenceServiceSer
         if unsupported := sorted(request.parameters.keys() - {"unload_dependents"}):
             text = "is not supported: models are loaded from the service's folder as they are"
             raise InvalidInputError(f"parameters[{unsupported[0]!r}]", text)
-        await self.backend.command(f"{verb} {request.model_name}")
+        await self.command(f"{verb} {request.model_name}")
 
     async def ModelStreamInfer(self, requests: AsyncIterator[bytes], _context: Any) -> AsyncIterator[pb.ModelStreamInferResponse]:
         """Answer a stream in order, up to STREAM_WINDOW requests at a time; errors go in band."""
@@ -130,10 +130,10 @@ class InferenceServicer(BaseServicer, inference_pb2_grpc.GRPCInferenceServiceSer
             response = pb.ModelStreamInferResponse(infer_response=await self.ModelInfer(request, None))
         except Exception as error:  # noqa: BLE001  any exception ends this request and not the stream
             failure = as_service_error(error)
-            self.backend.telemetry.call_failed("ModelStreamInfer", failure.code.name)
+            self.telemetry.call_failed("ModelStreamInfer", failure.code.name)
             answer = pb.ModelInferResponse(id=request.id)
             return pb.ModelStreamInferResponse(error_message=str(failure), infer_response=answer)
-        self.backend.telemetry.call_answered("ModelStreamInfer", perf_counter() - started)
+        self.telemetry.call_answered("ModelStreamInfer", perf_counter() - started)
         return response
 
 
