@@ -23,8 +23,8 @@ from ray import serve
 from tercet.errors import ModelNotFoundError, ModelRefusedError, ServiceError, StartupError
 from tercet.server.config import Config
 from tercet.server.repository import Repository
-from tercet.server.rpc import RpcServer
-from tercet.server.servicers import SERVICES, BaseServicer
+from tercet.server.rpc import BaseServicer, RpcServer
+from tercet.server.servicers import SERVICES
 from tercet.server.telemetry import Telemetry
 
 

@@ -92,7 +92,7 @@ class Duration:
 
 
 class ModelTelemetry:
-    """What one model did in this process. Implements batcher.BatchRecorder."""
+    """What one model did in this process."""
 
     def __init__(self, memory: MetricMemory, name: str) -> None:
         self.success, self.fail, self.queue = Duration(), Duration(), Duration()  # requests

@@ -10,8 +10,6 @@ from tercet.server.servicers.digits import DigitsServicer
 from tercet.server.servicers.fizzbuzz import FizzBuzzServicer
 from tercet.server.servicers.inference import InferenceServicer
 
-__all__ = ["SERVICES", "BaseServicer"]
-
 SERVICES: dict[Callable[[Any, Any], None], type[BaseServicer]] = {
     inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server: InferenceServicer,
     diabetes_pb2_grpc.add_DiabetesServicer_to_server: DiabetesServicer,

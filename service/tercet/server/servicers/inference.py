@@ -74,9 +74,8 @@ class InferenceServicer(BaseServicer, inference_pb2_grpc.GRPCInferenceServiceSer
 
     async def ModelStatistics(self, request: pb.ModelStatisticsRequest, _context: Any) -> pb.ModelStatisticsResponse:
         names = [request.name] if request.name else self.repository.loaded_names()
-        return pb.ModelStatisticsResponse(
-            model_stats=[model_statistics(self.repository.get(name, request.version)) for name in names]
-        )
+        models = [self.repository.get(name, request.version) for name in names]
+        return pb.ModelStatisticsResponse(model_stats=map(model_statistics, models))
 
     async def RepositoryIndex(self, request: pb.RepositoryIndexRequest, _context: Any) -> pb.RepositoryIndexResponse:
         loaded, response = self.repository.loaded_names(), pb.RepositoryIndexResponse()
