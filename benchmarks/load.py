@@ -297,7 +297,7 @@ def bench(model: str, rows: int, in_flight: int, requests: int, rounds: int, fol
 class EchoServicer(GRPCInferenceServiceServicer):
     """The lower bound of a gRPC server in Python: parse the request, build the response, nothing in between."""
 
-    async def ModelInfer(self, request: ModelInferRequest, _context: Any) -> ModelInferResponse:  # noqa: N802
+    async def ModelInfer(self, request: ModelInferRequest, _context: Any) -> ModelInferResponse:
         """Answer with four probabilities per row."""
         rows = request.inputs[0].shape[0]
         response = ModelInferResponse(model_name=request.model_name, model_version="1", id=request.id)

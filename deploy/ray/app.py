@@ -20,45 +20,44 @@ from google.protobuf.empty_pb2 import Empty
 from grpc_health.v1 import health_pb2_grpc
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse, HealthListResponse
 from ray import serve
-from tercet.errors import ModelNotFoundError, ModelRefusedError, StartupError
+from tercet.errors import ModelNotFoundError, ModelRefusedError, ServiceError, StartupError
 from tercet.server.config import Config
 from tercet.server.repository import Repository
-from tercet.server.rpc import Calls, TolerantServer, unary_rpc
-from tercet.server.servicers import SERVICES, Backend, BaseServicer
+from tercet.server.rpc import BaseServicer, RpcServer
+from tercet.server.servicers import SERVICES
 from tercet.server.telemetry import Telemetry
+
+
+class NotOnRayError(ServiceError, code=grpc.StatusCode.UNIMPLEMENTED):
+    """The method does not exist on Ray."""
 
 
 class HealthServicer(BaseServicer, health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # it comes without types
     """Health checks for the balancer: the ingress of a node that has not heard of a replica yet does not answer them."""
 
-    @unary_rpc
-    async def Check(self, request: HealthCheckRequest, _context: Any) -> HealthCheckResponse:  # noqa: N802
+    async def Check(self, request: HealthCheckRequest, _context: Any) -> HealthCheckResponse:
         """Return the status of a model, or of all for an empty name. Raises ModelNotFoundError."""
         return HealthCheckResponse(status=self._status(request.service))
 
-    @unary_rpc
-    async def List(self, _request: Any, _context: Any) -> HealthListResponse:  # noqa: N802
+    async def List(self, _request: Any, _context: Any) -> HealthListResponse:
         """Return the status of every name."""
-        names = ("", *self.backend.repository.all_names())
+        names = ("", *self.repository.all_names())
         return HealthListResponse(statuses={name: HealthCheckResponse(status=self._status(name)) for name in names})
 
-    async def Watch(self, _request: Any, context: Any) -> AsyncIterator[HealthCheckResponse]:  # noqa: N802
+    async def Watch(self, _request: Any, _context: Any) -> AsyncIterator[HealthCheckResponse]:
         """Refuse, as watchers would fill a replica. By gRPC's standard, clients that watch then assume SERVING."""
-        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "Watch is not available on Ray; call Check")
-        yield HealthCheckResponse()  # never reached; it makes this a generator
+        raise NotOnRayError("Watch is not available on Ray; call Check")
+        yield  # type: ignore[unreachable]  # it makes this a generator
 
     def _status(self, name: str) -> HealthCheckResponse.ServingStatus:
-        repository = self.backend.repository
+        repository = self.repository
         if name and name not in repository.all_names():
             raise ModelNotFoundError(f"there is no model {name!r}; the models are {', '.join(repository.all_names())}")
         serving = name in repository.loaded_names() if name else repository.ready
         return HealthCheckResponse.SERVING if serving else HealthCheckResponse.NOT_SERVING
 
 
-SERVICERS: dict[Callable[[Any, Any], None], type[BaseServicer]] = {
-    **{service.add_to_server: service.servicer for service in SERVICES},
-    health_pb2_grpc.add_HealthServicer_to_server: HealthServicer,
-}
+SERVICERS = {**SERVICES, health_pb2_grpc.add_HealthServicer_to_server: HealthServicer}
 SETTINGS = {  # the options of `tercet serve` that apply; Ray decides the others
     *("models", "engine", "device", "threads", "require_signed", "watch"),
     *("max_request_rows", "max_batch_rows", "max_queue_rows", "max_delay", "queue_timeout"),
@@ -110,9 +109,8 @@ class Replica:
         """Load the models. Raises StartupError."""
         telemetry = Telemetry()
         self._repository, self.methods = Repository(config, telemetry), Methods()
-        backend = Backend(repository=self._repository, telemetry=telemetry, calls=Calls(), command=refuse)
         for add_to_server, servicer in SERVICERS.items():
-            add_to_server(servicer(backend), TolerantServer(self.methods))
+            add_to_server(servicer(self._repository, telemetry, refuse), RpcServer(self.methods, telemetry))
         self._watching = asyncio.create_task(self._watch(config.watch))
 
     async def _watch(self, pause: float) -> None:
@@ -134,7 +132,7 @@ def unary(name: str) -> Callable[..., Any]:
     async def method(self: Replica, content: bytes, grpc_context: Any) -> Any:
         handler = self.methods[name]
         try:
-            return await handler.unary_unary(handler.request_deserializer(content), Context(grpc_context))
+            return await handler.unary_unary(content, Context(grpc_context))
         except CallFailed:
             return Empty()  # without a response Ray drops the trailing metadata; gRPC drops the response, as the code is not OK
 
@@ -146,12 +144,8 @@ def streaming(name: str) -> Callable[..., Any]:
 
     async def method(self: Replica, content: Any, grpc_context: Any) -> AsyncIterator[Any]:
         handler, context = self.methods[name], Context(grpc_context)
-        parse = handler.request_deserializer
-        if handler.request_streaming:
-            responses = handler.stream_stream((parse(part) async for part in content), context)
-        else:
-            responses = handler.unary_stream(parse(content), context)
-        async for response in responses:
+        method = handler.stream_stream if handler.request_streaming else handler.unary_stream
+        async for response in method(content, context):
             yield response
 
     return method
@@ -175,7 +169,7 @@ def add_servicers(servicer: Any, server: Any) -> None:
     Requests stay bytes: the replica parses them.
     """
     for add_to_server in SERVICERS:
-        add_to_server(servicer, TolerantServer(server, lambda _parse: None))
+        add_to_server(servicer, RpcServer(server, Telemetry()))
 
 
 def app(settings: dict[str, str]) -> serve.Application:

@@ -245,12 +245,12 @@ class Unsteady(FizzBuzzServicer, GRPCInferenceServiceServicer):
         self.health = HealthServicer()
         self.health.set("", SERVING)
 
-    def ModelConfig(self, request: ModelConfigRequest, _context: Any) -> ModelConfigResponse:  # noqa: N802
+    def ModelConfig(self, request: ModelConfigRequest, _context: Any) -> ModelConfigResponse:
         """A limit of rows."""
         self.asked += 1
         return ModelConfigResponse(config=ModelConfig(name=request.name, max_batch_size=self.limit))
 
-    def Answer(self, request: AnswerRequest, context: Any) -> AnswerResponse:  # noqa: N802
+    def Answer(self, request: AnswerRequest, context: Any) -> AnswerResponse:
         """The numbers."""
         self.calls += 1
         if len(request.numbers) > self.limit:

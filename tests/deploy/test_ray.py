@@ -14,8 +14,7 @@ from grpc_health.v1 import health_pb2_grpc
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from tercet.errors import InvalidInputError, ShuttingDownError, StartupError
 from tercet.proto.fizzbuzz_pb2 import AnswerRequest, CountRequest
-from tercet.server.rpc import Calls
-from tercet.server.servicers import Backend
+from tercet.server.rpc import RpcServer
 from tercet.server.telemetry import Telemetry
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install -c constraints.txt -e '.[serve,ray]'")
@@ -55,15 +54,11 @@ class RayContext:
         self.metadata = tuple(metadata)
 
 
-def backend(repository: Any) -> Backend:
-    return Backend(repository=repository, telemetry=Telemetry(), calls=Calls(), command=ray_app.refuse)
-
-
 def replica(error: Exception) -> Any:
     """Return a replica whose models raise `error`."""
     methods = ray_app.Methods()
     for add, servicer in ray_app.SERVICERS.items():
-        add(servicer(backend(Refusing(error))), ray_app.TolerantServer(methods))
+        add(servicer(Refusing(error), Telemetry(), ray_app.refuse), RpcServer(methods, Telemetry()))
     return SimpleNamespace(methods=methods)
 
 
@@ -122,9 +117,9 @@ def test_a_stream_ends_with_its_code() -> None:
 def test_health() -> None:
     """The standard health service says which models a replica serves; Watch is UNIMPLEMENTED."""
     models = SimpleNamespace(all_names=lambda: ["a", "b"], loaded_names=lambda: ["a"], ready=False)
-    servicer, context = ray_app.HealthServicer(backend(models)), RayContext()
+    servicer, context = ray_app.HealthServicer(models, Telemetry(), ray_app.refuse), RayContext()
     methods = ray_app.Methods()
-    health_pb2_grpc.add_HealthServicer_to_server(servicer, ray_app.TolerantServer(methods))
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, RpcServer(methods, Telemetry()))
     here = SimpleNamespace(methods=methods)
 
     def ask(name: str) -> Any:

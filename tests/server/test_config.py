@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from tercet.errors import StartupError
-from tercet.server.config import Config, flag
+from tercet.server.config import Config
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,6 @@ def test_limits_are_accepted() -> None:
                 assert getattr(Config(**{field.name: value}), field.name) == value
 
 
-def test_names() -> None:
-    """Options are spelled with dashes; an IPv6 address is in brackets."""
-    assert flag("max_queue_rows") == "--max-queue-rows"
+def test_address() -> None:
+    """An IPv6 address is in brackets."""
     assert [Config(host=host).address for host in ("127.0.0.1", "::1")] == ["127.0.0.1:8001", "[::1]:8001"]

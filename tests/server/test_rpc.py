@@ -13,11 +13,9 @@ import pytest
 from google.rpc.error_details_pb2 import BadRequest
 from grpc import StatusCode
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from tercet.errors import InvalidInputError
 from tercet.proto.fizzbuzz_pb2 import AnswerRequest, CountRequest
 from tercet.proto.fizzbuzz_pb2_grpc import FizzBuzzStub
-from tercet.server.rpc import Calls, parse_or_error, streaming_rpc, unary_rpc
-from tercet.server.servicers import Backend, BaseServicer
+from tercet.server.rpc import RpcServer
 
 from tests.conftest import Service
 from tests.server.support import NOT_SERVING, SERVING, HeldEngine, fields, inside, refused, unpack
@@ -54,7 +52,7 @@ def test_late_calls(workspace: Path, engine: HeldEngine) -> None:
             stub = FizzBuzzStub(channel)
             running = stub.Answer(AnswerRequest(numbers=[1]))
             await asyncio.to_thread(engine.begun.wait)
-            server.calls.draining = True
+            server.rpc.draining = True
             for call in (stub.Answer(AnswerRequest(numbers=[2])), stub.Count(CountRequest(start=2, stop=3))):
                 assert await call.code() == StatusCode.UNAVAILABLE
                 assert "retry with another instance" in await call.details()
@@ -65,33 +63,36 @@ def test_late_calls(workspace: Path, engine: HeldEngine) -> None:
     asyncio.run(main())
 
 
-class Echo(BaseServicer):
-    """Returns its requests."""
-
-    @unary_rpc
-    async def Unary(self, request: Any, _context: Any) -> Any:  # noqa: N802
-        return request
-
-    @streaming_rpc
-    async def Stream(self, request: Any, _context: Any) -> AsyncIterator[Any]:  # noqa: N802
-        yield request
+async def unary(request: Any, _context: Any) -> Any:
+    """Return the request."""
+    return request
 
 
-def call(request: Any, *, stream: bool, remaining: float | None = None, draining: bool = False) -> tuple[Any, Backend]:
-    """Call Echo. Returns the response or the status code, and the backend."""
-    backend = Backend(repository=Mock(), telemetry=Mock(), calls=Calls(), command=Mock())
-    backend.calls.draining = draining
+async def stream(request: Any, _context: Any) -> AsyncIterator[Any]:
+    """Yield the request."""
+    yield request
+
+
+def call(method: Any, content: bytes, *, remaining: float | None = None, draining: bool = False) -> tuple[Any, int, Any]:
+    """Call `unary` or `stream`. Returns the response or the status code, the number of calls received, and the telemetry."""
+    server, telemetry = Mock(), Mock()
+    rpc = RpcServer(server, telemetry)
+    rpc.draining = draining
+    make_handler: Any = grpc.unary_stream_rpc_method_handler if method is stream else grpc.unary_unary_rpc_method_handler
+    handler = make_handler(method, request_deserializer=AnswerRequest.FromString)
+    rpc.add_registered_method_handlers("service", {"Method": handler})
+    [(_, handlers)] = [each.args for each in server.add_registered_method_handlers.call_args_list]
     context = Mock(time_remaining=lambda: remaining, abort=AsyncMock(side_effect=lambda code, *_, **__: abort(code)))
 
     async def main() -> Any:
-        if stream:
-            return await anext(aiter(Echo(backend).Stream(request, context)))
-        return await Echo(backend).Unary(request, context)
+        if method is stream:
+            return await anext(aiter(handlers["Method"].unary_stream(content, context)))
+        return await handlers["Method"].unary_unary(content, context)
 
     try:
-        return asyncio.run(main()), backend
+        return asyncio.run(main()), rpc.received, telemetry
     except AbortedError as aborted:
-        return aborted.args[0], backend
+        return aborted.args[0], rpc.received, telemetry
 
 
 class AbortedError(Exception):
@@ -103,43 +104,35 @@ def abort(code: StatusCode) -> NoReturn:
     raise AbortedError(code)
 
 
-both = pytest.mark.parametrize("stream", [False, True])
+REQUEST = AnswerRequest(numbers=[3])
+both = pytest.mark.parametrize("method", [unary, stream])
 
 
 @both
 @pytest.mark.parametrize("remaining", [None, 0.5])
-def test_calls_are_counted(*, stream: bool, remaining: float | None) -> None:
-    """A call is counted and answered; a unary one is recorded with its time."""
-    response, backend = call("request", stream=stream, remaining=remaining)
-    assert (response, backend.calls.received) == ("request", 1)
-    assert backend.telemetry.call_answered.called is not stream  # type: ignore[attr-defined]  # a Mock
+def test_calls_are_counted(method: Any, remaining: float | None) -> None:
+    """A call is counted and its request parsed and answered; a unary one is recorded with its time."""
+    response, received, telemetry = call(method, REQUEST.SerializeToString(), remaining=remaining)
+    assert (response, received) == (REQUEST, 1)
+    assert telemetry.call_answered.called is (method is unary)
 
 
 @both
 @pytest.mark.parametrize(
-    ("request_", "remaining", "draining", "code"),
+    ("content", "remaining", "draining", "code"),
     [
-        ("request", 0.0, False, StatusCode.DEADLINE_EXCEEDED),  # gRPC has not cancelled it yet
-        ("request", None, True, StatusCode.UNAVAILABLE),
-        (InvalidInputError("request", "reason"), None, False, StatusCode.INVALID_ARGUMENT),
+        (b"", 0.0, False, StatusCode.DEADLINE_EXCEEDED),  # gRPC has not cancelled it yet
+        (b"", None, True, StatusCode.UNAVAILABLE),
+        (b"\xff", None, False, StatusCode.INVALID_ARGUMENT),
     ],
 )
 def test_calls_that_are_not_started(
-    request_: Any, remaining: float | None, code: StatusCode, *, stream: bool, draining: bool
+    method: Any, content: bytes, remaining: float | None, code: StatusCode, *, draining: bool
 ) -> None:
     """A call after its deadline, while draining or of bytes that are not a message is counted, ended and recorded as failed."""
-    response, backend = call(request_, stream=stream, remaining=remaining, draining=draining)
-    assert (response, backend.calls.received) == (code, 1)
-    backend.telemetry.call_failed.assert_called_once_with("Stream" if stream else "Unary", code.name)  # type: ignore[attr-defined]  # a Mock
-
-
-def test_parser() -> None:
-    """A parser's message is returned as it is; bytes that it cannot parse become an InvalidInputError."""
-    parse = parse_or_error(AnswerRequest.FromString)
-    assert parse(AnswerRequest(numbers=[3]).SerializeToString()) == AnswerRequest(numbers=[3])
-    malformed = parse(b"\xff")
-    assert isinstance(malformed, InvalidInputError)
-    assert "Error parsing message" in str(malformed)
+    response, received, telemetry = call(method, content, remaining=remaining, draining=draining)
+    assert (response, received) == (code, 1)
+    telemetry.call_failed.assert_called_once_with("Method", code.name)
 
 
 @pytest.mark.slow

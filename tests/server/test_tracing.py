@@ -27,7 +27,7 @@ class Collector(trace_service_pb2_grpc.TraceServiceServicer):
     def __init__(self) -> None:
         self.spans: Queue[Any] = Queue()
 
-    def Export(self, request: Any, _context: Any) -> Any:  # noqa: N802
+    def Export(self, request: Any, _context: Any) -> Any:
         for resource in request.resource_spans:
             for scope in resource.scope_spans:
                 for span in scope.spans:

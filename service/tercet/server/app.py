@@ -5,7 +5,7 @@ import gc
 import logging
 import os
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -15,13 +15,13 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
-from tercet.errors import InvalidInputError, StartupError
+from tercet.errors import StartupError
 from tercet.proto import POOL
 from tercet.server.config import MAX_INT, Config
 from tercet.server.repository import Repository
-from tercet.server.rpc import Calls, TolerantServer, abort_call
+from tercet.server.rpc import RpcServer
 from tercet.server.security import BearerTokens, reserve_port, tls_credentials
-from tercet.server.servicers import SERVICES, Backend
+from tercet.server.servicers import SERVICES
 from tercet.server.telemetry import MetricMemory, Telemetry, start_metrics_server
 
 log = logging.getLogger(__name__)
@@ -44,35 +44,21 @@ CONNECTION_OPTIONS = {  # times in ms
 }
 DRAIN_POLL_SECONDS, DRAIN_MAX_POLLS = 0.1, 5  # each step of the shutdown waits for a period without new calls
 
-SERVICE_NAMES = (*(service.name for service in SERVICES), health.SERVICE_NAME, reflection.SERVICE_NAME)
-
 
 class Health(health.aio.HealthServicer):  # type: ignore[misc]  # it has no types
     """The standard health service, except that watchers do not delay the shutdown."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._watches: WeakSet[asyncio.Future[None]] = WeakSet()
+        self.watches: WeakSet[asyncio.Future[None]] = WeakSet()
 
-    async def Check(self, request: Any, context: Any) -> Any:  # noqa: N802
-        await _abort_if_malformed(request, context)
-        return await super().Check(request, context)
-
-    async def Watch(self, request: Any, context: Any) -> None:  # noqa: N802
-        await _abort_if_malformed(request, context)
+    async def Watch(self, request: Any, context: Any) -> AsyncIterator[Any]:
         watch = asyncio.ensure_future(super().Watch(request, context))
-        self._watches.add(watch)
+        self.watches.add(watch)
         with suppress(asyncio.CancelledError):
             await watch
-
-    def end_watches(self) -> None:
-        for watch in self._watches:
-            watch.cancel()
-
-
-async def _abort_if_malformed(request: Any, context: Any) -> None:
-    if isinstance(request, InvalidInputError):
-        await abort_call(context, request)
+        return
+        yield  # type: ignore[unreachable]  # it makes this a generator; the base class has written the responses
 
 
 class Server:
@@ -89,24 +75,26 @@ class Server:
         self._tracing = _start_tracing(config.trace_endpoint) if config.trace_endpoint else None
         interceptors: list[grpc.aio.ServerInterceptor] = [self._tracing.interceptor] if self._tracing else []
         interceptors += [BearerTokens(config.token_file)] if config.token_file else []
-        self.telemetry, self.calls, self._health = Telemetry(memory), Calls(), Health()
+        self.telemetry, self._health = Telemetry(memory), Health()
         self.repository = Repository(config, self.telemetry, self._tracing.record_batch if self._tracing else None)
         self._relay = relay
         self.stopping = asyncio.Event()
         self._server = grpc.aio.server(interceptors=interceptors, options=list(_grpc_options(config).items()))
-        self._add_services(Backend(repository=self.repository, telemetry=self.telemetry, calls=self.calls, command=self.command))
+        self.rpc = RpcServer(self._server, self.telemetry)
+        self._add_services()
         if config.workers == 1:  # with several, the parent has reserved it
             reserve_port(config).close()  # gRPC's own error names no cause, and goes to stderr
         self.config = replace(config, port=self._server.add_secure_port(config.address, tls_credentials(config)))
 
-    def _add_services(self, backend: Backend) -> None:
-        server = TolerantServer(self._server)
-        for service in SERVICES:
-            service.add_to_server(service.servicer(backend), server)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+    def _add_services(self) -> None:
+        for add_to_server, servicer in SERVICES.items():
+            add_to_server(servicer(self.repository, self.telemetry, self.command), self.rpc)
+        uncounted = RpcServer(self._server, Telemetry())  # health checks are answered while the server drains, too
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, uncounted)
         for module in (health_pb2, reflection_pb2):
             POOL.AddSerializedFile(module.DESCRIPTOR.serialized_pb)
-        reflection.enable_server_reflection(SERVICE_NAMES, self._server, pool=POOL)
+        names = [*self.rpc.services, health.SERVICE_NAME, reflection.SERVICE_NAME]
+        reflection.enable_server_reflection(names, self._server, pool=POOL)
 
     async def start(self) -> None:
         """Accept calls, and report to health checks which models are served."""
@@ -163,9 +151,10 @@ class Server:
         self._watching.cancel()
         await self._health.enter_graceful_shutdown()
         await self._wait_for_quiet()
-        self.calls.draining = True
+        self.rpc.draining = True
         await self._wait_for_quiet()
-        self._health.end_watches()
+        for watch in self._health.watches:
+            watch.cancel()
         await self._server.stop(self.config.grace)
         await self.repository.close()
         if self._tracing:
@@ -174,9 +163,9 @@ class Server:
     async def _wait_for_quiet(self) -> None:
         """Wait until no calls arrive, for a limited time."""
         for _ in range(DRAIN_MAX_POLLS):
-            received = self.calls.received
+            received = self.rpc.received
             await asyncio.sleep(DRAIN_POLL_SECONDS)
-            if self.calls.received == received:
+            if self.rpc.received == received:
                 return
 
 

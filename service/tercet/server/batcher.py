@@ -95,7 +95,7 @@ class Batcher:
         self._closed = True
         with self._lock:
             waiting = [self._pop() for _ in range(len(self._queue))]
-        _fail(waiting, ShuttingDownError())
+        _deliver(waiting, ShuttingDownError())
         if self._thread_work:
             await asyncio.wait([self._thread_work])
         self._executor.shutdown()
@@ -142,7 +142,7 @@ class Batcher:
                 overdue.append(self._pop())
             if self._queue:
                 self._expiry = loop.call_at(self._queue[0].arrived + self._queue_timeout, self._expire)
-        _fail(overdue, DeadlineExceededError(f"the request was not started within {self._queue_timeout:g} s, the queue's limit"))
+        _deliver(overdue, DeadlineExceededError(f"the request was not started within {self._queue_timeout:g} s, the queue's limit"))
 
     def _tick(self) -> None:
         """Start a batch for the thread at once, a short one when no more requests arrive, and neither before `max_delay`."""
@@ -220,20 +220,14 @@ class Batcher:
         return output
 
 
-def _deliver(batch: list[_Entry], output: Rows | InternalError) -> None:
+def _deliver(entries: list[_Entry], output: Rows | ServiceError) -> None:
     """Give each request its rows of the output, or the error."""
-    if isinstance(output, InternalError):
-        _fail(batch, output)
-        return
-    start = 0
-    for entry in batch:
-        stop = start + len(entry.rows)
-        if not entry.future.done():  # otherwise the caller has left
-            entry.future.set_result(output[start:stop])
-        start = stop
-
-
-def _fail(entries: list[_Entry], error: ServiceError) -> None:
+    stop = 0
     for entry in entries:
-        if not entry.future.done():
-            entry.future.set_exception(error)
+        start, stop = stop, stop + len(entry.rows)
+        if entry.future.done():  # the caller has left
+            continue
+        if isinstance(output, ServiceError):
+            entry.future.set_exception(output)
+        else:
+            entry.future.set_result(output[start:stop])

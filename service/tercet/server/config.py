@@ -16,11 +16,6 @@ def option(default: Any, text: str, *, choices: tuple[str, ...] = (), minimum: f
     return field(default=default, metadata={"help": text, "choices": choices, "minimum": minimum, "maximum": maximum})
 
 
-def flag(name: str) -> str:
-    """The option of `tercet serve` that sets a field."""
-    return f"--{name.replace('_', '-')}"
-
-
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """The settings of a service. Raises StartupError for a value that is not accepted."""
@@ -59,7 +54,7 @@ class Config:
 
     def __post_init__(self) -> None:
         for setting in fields(self):
-            name, value = flag(setting.name), getattr(self, setting.name)
+            name, value = f"--{setting.name.replace('_', '-')}", getattr(self, setting.name)
             choices, minimum, maximum = (setting.metadata[key] for key in ("choices", "minimum", "maximum"))
             if choices and value not in choices:
                 raise StartupError(f"{name} must be {' or '.join(choices)}, got {value!r}")

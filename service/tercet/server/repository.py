@@ -123,8 +123,7 @@ class Repository:
 
     async def load(self, name: str) -> None:
         """Verify a model's files and serve them from the next batch on. Raises ModelNotFoundError, ModelRefusedError."""
-        if name in self._names_on_disk():
-            self._folders.setdefault(name, _Folder(self._config.models / name))
+        self._add_new_folders()
         folder = self._folder(name)
         async with self._load_lock:
             folder.attempted, folder.unloaded = folder.fingerprint(), False
@@ -153,8 +152,8 @@ class Repository:
 
     async def reload_changed(self, *, wait_until_stable: bool = True) -> None:
         """Reload the models whose files have changed; by default only once they have been stable since the previous call."""
-        for name in sorted({*self._names_on_disk(), *self._folders}):
-            folder = self._folders.setdefault(name, _Folder(self._config.models / name))
+        self._add_new_folders()
+        for name, folder in sorted(self._folders.items()):
             current = folder.fingerprint()
             stable, folder.last_seen = current == folder.last_seen, current
             wanted = folder.model or (is_trained(folder.path) and not folder.unloaded)
@@ -166,11 +165,10 @@ class Repository:
         """Close all queues."""
         await asyncio.gather(*(folder.model.batcher.close() for folder in self._folders.values() if folder.model))
 
-    def _names_on_disk(self) -> list[str]:
-        """The models in the folder; none while the folder itself is missing."""
-        with contextlib.suppress(StartupError):
-            return find_models(self._config.models)
-        return []
+    def _add_new_folders(self) -> None:
+        with contextlib.suppress(StartupError):  # the folder of all models may be missing for a while
+            for name in find_models(self._config.models):
+                self._folders.setdefault(name, _Folder(self._config.models / name))
 
     def _serve(self, folder: _Folder, card: Card, engine: Engine) -> None:
         """Serve a version from now on. Raises StartupError when its tensors or labels differ from those that are served."""

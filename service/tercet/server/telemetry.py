@@ -92,13 +92,12 @@ class Duration:
 
 
 class ModelTelemetry:
-    """What one model did in this process. Implements batcher.BatchRecorder."""
+    """What one model did in this process."""
 
     def __init__(self, memory: MetricMemory, name: str) -> None:
         self.success, self.fail, self.queue = Duration(), Duration(), Duration()  # requests
         self.compute = Duration()  # requests, each with the time of its whole batch
         self.batches: dict[int, Duration] = defaultdict(Duration)  # by their rows
-        self.rows = 0
         self.last_inference = 0.0  # when the last batch ended, in seconds since the epoch
         self.request_succeeded, self.request_failed = self.success.add, self.fail.add  # with the seconds that it took
         self._queue_seconds, self._compute_seconds, self._batch_rows, self._queue_rows = (
@@ -115,7 +114,6 @@ class ModelTelemetry:
         observe(self._queue_seconds, SECONDS, seconds)
 
     def batch_ran(self, rows: int, requests: int, seconds: float) -> None:
-        self.rows += rows
         self.last_inference = time.time()
         self.compute.add(seconds, requests)
         self.batches[rows].add(seconds)

@@ -130,21 +130,21 @@ def nothing_logged(request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixt
 
 def watch(monkeypatch: pytest.MonkeyPatch) -> tuple[asyncio.Semaphore, asyncio.Semaphore, Callable[[], int]]:
     """Semaphores for requests that reach and leave the servicer, and the maximum at any one time."""
-    came, left, infer = asyncio.Semaphore(0), asyncio.Semaphore(0), InferenceServicer._infer  # noqa: SLF001
+    came, left, infer = asyncio.Semaphore(0), asyncio.Semaphore(0), InferenceServicer.ModelInfer
     present, most = 0, 0
 
-    async def watched(servicer: InferenceServicer, request: ModelInferRequest) -> ModelInferResponse:
+    async def watched(servicer: InferenceServicer, request: ModelInferRequest, context: Any) -> ModelInferResponse:
         nonlocal present, most
         present += 1
         most = max(most, present)
         came.release()
         try:
-            return await infer(servicer, request)
+            return await infer(servicer, request, context)
         finally:
             present -= 1
             left.release()
 
-    monkeypatch.setattr(InferenceServicer, "_infer", watched)
+    monkeypatch.setattr(InferenceServicer, "ModelInfer", watched)
     return came, left, lambda: most
 
 

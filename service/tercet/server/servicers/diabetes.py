@@ -1,5 +1,4 @@
 """tercet.v1.Diabetes: measurements of patients."""
-# ruff: noqa: N802  methods are named after their RPCs
 
 from typing import Any
 
@@ -8,15 +7,14 @@ import numpy as np
 from tercet.card import Card, Rows
 from tercet.proto import diabetes_pb2 as pb
 from tercet.proto import diabetes_pb2_grpc
-from tercet.server.rpc import BaseServicer, unary_rpc
+from tercet.server.rpc import BaseServicer
 
 
 class DiabetesServicer(BaseServicer, diabetes_pb2_grpc.DiabetesServicer):
     """Answers with the model `diabetes`."""
 
-    @unary_rpc
     async def Assess(self, request: pb.AssessRequest, _context: Any) -> pb.AssessResponse:
-        model = self.backend.repository.get("diabetes")
+        model = self.repository.get("diabetes")
         model.check_row_count(request.patients, "patients")  # before decoding, which is slow for very many
         rows = np.array([decode_patient(patient, model.card) for patient in request.patients], dtype=np.float32)
         return encode_response(await model.infer(rows, "patients[{row}].{feature}"), model.card)

@@ -1,5 +1,4 @@
 """tercet.v1.Digits: images of handwritten digits."""
-# ruff: noqa: N802  methods are named after their RPCs
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
@@ -12,23 +11,18 @@ from tercet.errors import InvalidInputError
 from tercet.proto import digits_pb2 as pb
 from tercet.proto import digits_pb2_grpc
 from tercet.server.images import SIDE, PixelBudget, decode_image
-from tercet.server.rpc import Backend, BaseServicer, unary_rpc
+from tercet.server.rpc import BaseServicer
 
-DECODER_THREADS = 4  # a large image takes up to 0.3 GB while it is decoded
+DECODERS = ThreadPoolExecutor(4)  # a large image takes up to 0.3 GB while it is decoded
 
 
 class DigitsServicer(BaseServicer, digits_pb2_grpc.DigitsServicer):
     """Answers with the model `mnist`."""
 
-    def __init__(self, backend: Backend) -> None:
-        super().__init__(backend)
-        self._decoders = ThreadPoolExecutor(DECODER_THREADS)
-
-    @unary_rpc
     async def Classify(self, request: pb.ClassifyRequest, _context: Any) -> pb.ClassifyResponse:
-        model = self.backend.repository.get("mnist")
+        model = self.repository.get("mnist")
         model.check_row_count(request.images, "images")
-        rows = await asyncio.get_running_loop().run_in_executor(self._decoders, decode_request, request)  # may take seconds
+        rows = await asyncio.get_running_loop().run_in_executor(DECODERS, decode_request, request)  # may take seconds
         probabilities = (await model.infer(rows, "images[{row}]")).tolist()
         return pb.ClassifyResponse(digits=[pb.Digit(digit=p.index(max(p)), probabilities=p) for p in probabilities])
 

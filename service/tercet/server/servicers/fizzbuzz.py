@@ -1,5 +1,4 @@
 """tercet.v1.FizzBuzz: the word for a number, or for each number of a range."""
-# ruff: noqa: N802  methods are named after their RPCs
 
 from collections.abc import AsyncIterator, Iterator
 from itertools import islice
@@ -12,7 +11,7 @@ from tercet.errors import InvalidInputError
 from tercet.proto import fizzbuzz_pb2 as pb
 from tercet.proto import fizzbuzz_pb2_grpc
 from tercet.server.repository import Model, Repository
-from tercet.server.rpc import BaseServicer, streaming_rpc, unary_rpc
+from tercet.server.rpc import BaseServicer
 
 COUNT_CHUNK_ROWS = 64  # numbers of a Count per call of the model
 
@@ -20,18 +19,15 @@ COUNT_CHUNK_ROWS = 64  # numbers of a Count per call of the model
 class FizzBuzzServicer(BaseServicer, fizzbuzz_pb2_grpc.FizzBuzzServicer):
     """Answers with the models `fizzbuzz` and `fizzbuzz_any`; see `answer_numbers`."""
 
-    @unary_rpc
     async def Answer(self, request: pb.AnswerRequest, _context: Any) -> pb.AnswerResponse:
-        widest_model(self.backend.repository).check_row_count(request.numbers, "numbers")
+        widest_model(self.repository).check_row_count(request.numbers, "numbers")
         numbers = np.array(request.numbers, dtype=np.int64)
-        words, models = await answer_numbers(self.backend.repository, numbers, "numbers[{row}]")
+        words, models = await answer_numbers(self.repository, numbers, "numbers[{row}]")
         return pb.AnswerResponse(words=words, models=models)
 
-    @streaming_rpc
     async def Count(self, request: pb.CountRequest, _context: Any) -> AsyncIterator[pb.CountResponse]:
-        repository = self.backend.repository
-        for numbers in count_chunks(request, widest_model(repository).card):
-            answers = await answer_numbers(repository, numbers, "start")
+        for numbers in count_chunks(request, widest_model(self.repository).card):
+            answers = await answer_numbers(self.repository, numbers, "start")
             for number, word, model in zip(numbers, *answers, strict=True):
                 yield pb.CountResponse(number=number, word=word, model=model)
 

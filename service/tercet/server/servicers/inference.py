@@ -1,5 +1,4 @@
 """inference.GRPCInferenceService: the Open Inference Protocol, for every model."""
-# ruff: noqa: N802  methods are named after their RPCs
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -13,7 +12,7 @@ from tercet.errors import InvalidInputError, ModelUnavailableError
 from tercet.proto import inference_pb2 as pb
 from tercet.proto import inference_pb2_grpc
 from tercet.server.repository import Model
-from tercet.server.rpc import BaseServicer, as_service_error, check_parsed, streaming_rpc, unary_rpc
+from tercet.server.rpc import BaseServicer, as_service_error
 from tercet.server.telemetry import Duration
 from tercet.server.tensors import INPUT_FIELD, decode_request, encode_response
 
@@ -24,44 +23,39 @@ STREAM_WINDOW = 64  # requests of one stream in work at a time; the stream is no
 class InferenceServicer(BaseServicer, inference_pb2_grpc.GRPCInferenceServiceServicer):
     """Answers with any model."""
 
-    @unary_rpc
     async def ServerLive(self, _request: pb.ServerLiveRequest, _context: Any) -> pb.ServerLiveResponse:
         return pb.ServerLiveResponse(live=True)
 
-    @unary_rpc
     async def ServerReady(self, _request: pb.ServerReadyRequest, _context: Any) -> pb.ServerReadyResponse:
-        return pb.ServerReadyResponse(ready=self.backend.repository.ready)
+        return pb.ServerReadyResponse(ready=self.repository.ready)
 
-    @unary_rpc
     async def ModelReady(self, request: pb.ModelReadyRequest, _context: Any) -> pb.ModelReadyResponse:
         """Return whether a model is loaded. An unknown one is an error."""
         try:
-            self.backend.repository.get(request.name, request.version)
+            self.repository.get(request.name, request.version)
         except ModelUnavailableError:
             return pb.ModelReadyResponse(ready=False)
         return pb.ModelReadyResponse(ready=True)
 
-    @unary_rpc
     async def ServerMetadata(self, _request: pb.ServerMetadataRequest, _context: Any) -> pb.ServerMetadataResponse:
         return pb.ServerMetadataResponse(name="tercet", version=VERSION)
 
-    @unary_rpc
     async def ModelMetadata(self, request: pb.ModelMetadataRequest, _context: Any) -> pb.ModelMetadataResponse:
-        model = self.backend.repository.get(request.name, request.version)
+        model = self.repository.get(request.name, request.version)
         card = model.card
         response = pb.ModelMetadataResponse(name=card.name, versions=[card.version], platform=model.batcher.engine.platform)
         for tensors, tensor in ((response.inputs, card.input), (response.outputs, card.output)):
             tensors.add(name=tensor.name, datatype=tensor.datatype, shape=[-1, *tensor.shape])
         return response
 
-    @unary_rpc
     async def ModelInfer(self, request: pb.ModelInferRequest, _context: Any) -> pb.ModelInferResponse:
-        return await self._infer(request)
+        model = self.repository.get(request.model_name, request.model_version)
+        output = await model.infer(decode_request(request, model.card), INPUT_FIELD)
+        return encode_response(output, request, model.card)
 
-    @unary_rpc
     async def ModelConfig(self, request: pb.ModelConfigRequest, _context: Any) -> pb.ModelConfigResponse:
         """Return a model's configuration in Triton's terms. The parameters are what clients show to people; lists are JSON."""
-        model = self.backend.repository.get(request.name, request.version)
+        model = self.repository.get(request.name, request.version)
         card = model.card
         config = pb.ModelConfig(
             name=card.name,
@@ -78,27 +72,22 @@ class InferenceServicer(BaseServicer, inference_pb2_grpc.GRPCInferenceServiceSer
         config.parameters["features"].string_value = msgspec.json.encode(card.input.features).decode()
         return pb.ModelConfigResponse(config=config)
 
-    @unary_rpc
     async def ModelStatistics(self, request: pb.ModelStatisticsRequest, _context: Any) -> pb.ModelStatisticsResponse:
-        repository = self.backend.repository
-        names = [request.name] if request.name else repository.loaded_names()
-        return pb.ModelStatisticsResponse(model_stats=[model_statistics(repository.get(name, request.version)) for name in names])
+        names = [request.name] if request.name else self.repository.loaded_names()
+        models = [self.repository.get(name, request.version) for name in names]
+        return pb.ModelStatisticsResponse(model_stats=map(model_statistics, models))
 
-    @unary_rpc
     async def RepositoryIndex(self, request: pb.RepositoryIndexRequest, _context: Any) -> pb.RepositoryIndexResponse:
-        repository = self.backend.repository
-        loaded, response = repository.loaded_names(), pb.RepositoryIndexResponse()
-        for name in loaded if request.ready else repository.all_names():
-            served, state = (repository.get(name).card.version, "READY") if name in loaded else ("", "UNAVAILABLE")
-            response.models.add(name=name, version=served, state=state, reason=repository.reason(name))
+        loaded, response = self.repository.loaded_names(), pb.RepositoryIndexResponse()
+        for name in loaded if request.ready else self.repository.all_names():
+            served, state = (self.repository.get(name).card.version, "READY") if name in loaded else ("", "UNAVAILABLE")
+            response.models.add(name=name, version=served, state=state, reason=self.repository.reason(name))
         return response
 
-    @unary_rpc
     async def RepositoryModelLoad(self, request: pb.RepositoryModelLoadRequest, _context: Any) -> pb.RepositoryModelLoadResponse:
         await self._command("load", request)
         return pb.RepositoryModelLoadResponse()
 
-    @unary_rpc
     async def RepositoryModelUnload(
         self, request: pb.RepositoryModelUnloadRequest, _context: Any
     ) -> pb.RepositoryModelUnloadResponse:
@@ -110,20 +99,17 @@ class InferenceServicer(BaseServicer, inference_pb2_grpc.GRPCInferenceServiceSer
         if unsupported := sorted(request.parameters.keys() - {"unload_dependents"}):
             text = "is not supported: models are loaded from the service's folder as they are"
             raise InvalidInputError(f"parameters[{unsupported[0]!r}]", text)
-        await self.backend.command(f"{verb} {request.model_name}")
+        await self.command(f"{verb} {request.model_name}")
 
-    @streaming_rpc
-    async def ModelStreamInfer(
-        self, requests: AsyncIterator[pb.ModelInferRequest], _context: Any
-    ) -> AsyncIterator[pb.ModelStreamInferResponse]:
+    async def ModelStreamInfer(self, requests: AsyncIterator[bytes], _context: Any) -> AsyncIterator[pb.ModelStreamInferResponse]:
         """Answer a stream in order, up to STREAM_WINDOW requests at a time; errors go in band."""
         try:
             async with asyncio.TaskGroup() as tasks:
                 started: asyncio.Queue[asyncio.Task[pb.ModelStreamInferResponse] | None] = asyncio.Queue(STREAM_WINDOW)
 
                 async def start_requests() -> None:
-                    async for request in requests:
-                        await started.put(tasks.create_task(self._infer_in_band(request)))
+                    async for content in requests:
+                        await started.put(tasks.create_task(self._infer_in_band(content)))
                     await started.put(None)
 
                 starting = tasks.create_task(start_requests())
@@ -135,24 +121,19 @@ class InferenceServicer(BaseServicer, inference_pb2_grpc.GRPCInferenceServiceSer
         except* GeneratorExit:  # the client left during a write, and gRPC closes this generator
             pass
 
-    async def _infer_in_band(self, request: pb.ModelInferRequest) -> pb.ModelStreamInferResponse:
+    async def _infer_in_band(self, content: bytes) -> pb.ModelStreamInferResponse:
         """Answer one request of a stream; raises only when cancelled."""
-        started = perf_counter()
+        started, request = perf_counter(), pb.ModelInferRequest()
         try:
-            response = pb.ModelStreamInferResponse(infer_response=await self._infer(request))
+            request.ParseFromString(content)
+            response = pb.ModelStreamInferResponse(infer_response=await self.ModelInfer(request, None))
         except Exception as error:  # noqa: BLE001  any exception ends this request and not the stream
             failure = as_service_error(error)
-            answer = pb.ModelInferResponse(id=getattr(request, "id", ""))  # a request that cannot be parsed has no id
-            self.backend.telemetry.call_failed("ModelStreamInfer", failure.code.name)
+            self.telemetry.call_failed("ModelStreamInfer", failure.code.name)
+            answer = pb.ModelInferResponse(id=request.id)
             return pb.ModelStreamInferResponse(error_message=str(failure), infer_response=answer)
-        self.backend.telemetry.call_answered("ModelStreamInfer", perf_counter() - started)
+        self.telemetry.call_answered("ModelStreamInfer", perf_counter() - started)
         return response
-
-    async def _infer(self, request: pb.ModelInferRequest) -> pb.ModelInferResponse:
-        check_parsed(request)  # the requests of a stream are not checked before
-        model = self.backend.repository.get(request.model_name, request.model_version)
-        output = await model.infer(decode_request(request, model.card), INPUT_FIELD)
-        return encode_response(output, request, model.card)
 
 
 def model_statistics(model: Model) -> pb.ModelStatistics:
@@ -164,7 +145,7 @@ def model_statistics(model: Model) -> pb.ModelStatistics:
         name=model.card.name,
         version=model.card.version,
         last_inference=round(recorded.last_inference * 1e3),
-        inference_count=recorded.rows,
+        inference_count=sum(rows * batch.count for rows, batch in batches),
         execution_count=sum(batch.count for _, batch in batches),
         inference_stats=pb.InferStatistics(**{name: statistic_duration(each) for name, each in requests.items()}),
         batch_stats=[pb.InferBatchStatistics(batch_size=rows, compute_infer=statistic_duration(batch)) for rows, batch in batches],
