@@ -72,7 +72,7 @@ def test_bench(workspace: Path, tmp_path: Path, generator: str) -> None:
         (tmp_path / "h2load").write_text(f'#!/bin/sh\necho used >> "{tmp_path}/used"\nexec {real} "$@"\n')
         (tmp_path / "h2load").chmod(0o755)
     flags = ("fizzbuzz", "--requests", "400", "--rounds", "1", "--models", str(workspace / "models"))
-    done = run(*COMMAND, *flags, cwd=tmp_path, PATH=f"{BIN}:{tmp_path}")
+    done = run(*COMMAND, *flags, cwd=REPOSITORY, PATH=f"{BIN}:{tmp_path}")
     table, spread, *_ = done.stdout.split("\n\n")
     head, *lines = table.splitlines()
     assert head.split() == ["requests/s", "rows/s", "p50", "ms", "p99", "ms", "CPU", "us/request"]

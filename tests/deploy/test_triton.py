@@ -71,7 +71,8 @@ def test_what_triton_cannot_serve_is_rejected(workspace: Path, tmp_path: Path, d
         else:
             card = msgspec.json.decode((folder / "card.json").read_bytes())
             (folder / "card.json").write_bytes(msgspec.json.encode({**card, "version": "1.0"}))
-    done = run(str(BIN / "tercet"), "export-triton", "triton", cwd=tmp_path, check=False)
+    flags = ("--models", str(tmp_path / "models"))
+    done = run(str(BIN / "tercet"), "export-triton", str(tmp_path / "triton"), *flags, cwd=REPOSITORY, check=False)
     messages = {
         "version": "expected a version of 1, 2, 3 ... for Triton, got '1.0'",
         "hash": "is not the file that its card.json",

@@ -122,9 +122,10 @@ class Page:
         """Classify a drawing: a PNG file as a data URL, or empty."""
         if not drawing:
             return NO_DIGIT
-        with self._answer() as (client, answer):
-            [digit] = client.classify([base64.b64decode(drawing.partition(",")[2])])
-            answer |= {"text": str(digit.digit), "bars": {str(i): f"{p:.1%}" for i, p in enumerate(digit.probabilities)}}
+        for _ in range(2):  # the service may have come back while the first call waited for it
+            with self._answer() as (client, answer):
+                [digit] = client.classify([base64.b64decode(drawing.partition(",")[2])])
+                return {"text": str(digit.digit), "bars": {str(i): f"{p:.1%}" for i, p in enumerate(digit.probabilities)}}
         return answer
 
     def assess(self, *values: str) -> dict[str, Any]:
