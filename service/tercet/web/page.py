@@ -28,6 +28,7 @@ FOLDER = Path(__file__).parent
 SHEET, SHEET_SCRIPT, BANNER, ANSWER = (
     (FOLDER / name).read_text() for name in ["sheet.html", "sheet.js", "banner.html", "answer.html"]
 )
+RECONNECTS = 5  # attempts to classify a drawing while the service is away
 HEALTH_CHECK_SECONDS = 2.0  # between two health checks of the service
 COUNT_PAUSE_SECONDS, COUNT_MAX_WORDS = 0.1, 100  # between two words of a count, and how many are shown
 NO_DIGIT = {"text": " ", "bars": {str(digit): "0.0%" for digit in range(10)}}
@@ -64,7 +65,8 @@ class Page:
                     answer = gr.HTML(NO_DIGIT, html_template=ANSWER)
                 described = self._add_diabetes()
                 self._add_fizzbuzz()
-            gr.on([sheet.input, banner.change], self.classify, sheet, answer, trigger_mode="always_last", **DIRECT)
+            sheet.input(self.classify, sheet, answer, trigger_mode="always_last", **DIRECT)
+            banner.change(self.classify, sheet, answer, **DIRECT)  # apart: a drawing may still wait for the service
             gr.on([blocks.load, banner.change], self.describe_diabetes, None, described, **DIRECT)
             gr.on([blocks.load, gr.Timer(HEALTH_CHECK_SECONDS).tick], self.check_health, None, banner, **DIRECT)
             blocks.queue(default_concurrency_limit=None)
@@ -122,10 +124,13 @@ class Page:
         """Classify a drawing: a PNG file as a data URL, or empty."""
         if not drawing:
             return NO_DIGIT
-        for _ in range(2):  # the service may have come back while the first call waited for it
+        for _ in range(RECONNECTS):
             with self._answer() as (client, answer):
                 [digit] = client.classify([base64.b64decode(drawing.partition(",")[2])])
-                return {"text": str(digit.digit), "bars": {str(i): f"{p:.1%}" for i, p in enumerate(digit.probabilities)}}
+                answer |= {"text": str(digit.digit), "bars": {str(i): f"{p:.1%}" for i, p in enumerate(digit.probabilities)}}
+            if "text" in answer or (answer["note"] and "failed to connect" not in answer["note"]):
+                break
+            time.sleep(HEALTH_CHECK_SECONDS)
         return answer
 
     def assess(self, *values: str) -> dict[str, Any]:
