@@ -97,6 +97,8 @@ class Call(grpc.aio.ServicerContext[Any, Any]):
         self.task = self.connection.server.loop.create_task(self._run())
 
     def _set_deadline(self, seconds: float) -> None:
+        if not seconds:
+            raise CallError(StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded")
         self.deadline = time.monotonic() + seconds
         self.timer = self.connection.server.loop.call_later(min(seconds, 1e6), self.expire)
 

@@ -253,6 +253,7 @@ class Connection(asyncio.Protocol):
             return
         try:
             self.session.send_shutdown_notice()
+            self._write(self.session.data_to_send())  # nghttp2 would send the PING first
             self.session.ping(DRAIN_PING)
         except ngh2.NGH2Error as error:
             self._fail(error)

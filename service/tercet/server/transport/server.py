@@ -56,6 +56,7 @@ class Server(grpc.aio.Server):
         self._methods: dict[str, Any] = {}  # by path
         self._generic: list[grpc.GenericRpcHandler] = []
         self._sockets: list[tuple[socket.socket, Contexts | None]] = []
+        self._unix_paths: list[str] = []
         self._listeners: list[asyncio.Server] = []
         self._idle, self._terminated = asyncio.Event(), asyncio.Event()
 
@@ -114,9 +115,9 @@ class Server(grpc.aio.Server):
             connection.transport.abort()
         self._checking.cancel()
         for bound, _ in self._sockets:
-            if bound.family == socket.AF_UNIX and isinstance(path := bound.getsockname(), str):
-                Path(path).unlink(missing_ok=True)
             bound.close()
+        for path in self._unix_paths:
+            Path(path).unlink(missing_ok=True)
         self._terminated.set()
 
     async def wait_for_termination(self, timeout: float | None = None) -> bool:  # noqa: ASYNC109  grpc.aio's own
@@ -166,6 +167,8 @@ class Server(grpc.aio.Server):
         except (OSError, ValueError) as error:
             raise RuntimeError(f"Failed to bind to address {address}: {error}") from error
         self._sockets.append((bound, contexts))
+        if bound.family == socket.AF_UNIX and isinstance(path := bound.getsockname(), str):
+            self._unix_paths.append(path)
         return 1 if bound.family == socket.AF_UNIX else int(bound.getsockname()[1])
 
     # Time.
