@@ -127,10 +127,14 @@ class Raw:
         """Write frames, or bytes as they are."""
         self.writer.write(b"".join(frame if isinstance(frame, bytes) else frame.serialize() for frame in frames))
 
-    def request(self, stream_id: int = 1, name: str = "Echo", content: bytes | None = b"", *, end: bool = True, **fields: str) -> None:
+    def request(
+        self, stream_id: int = 1, name: str = "Echo", content: bytes | None = b"", *, end: bool = True, **fields: str
+    ) -> None:
         """Send a call: HEADERS, and DATA with one message unless `content` is None."""
         headers = {":method": "POST", ":scheme": "http", ":path": path(name), ":authority": "x", "te": "trailers"}
-        headers |= {"content-type": "application/grpc"} | {key.replace("_", "-").replace("--", ":"): value for key, value in fields.items()}
+        headers |= {"content-type": "application/grpc"} | {
+            key.replace("_", "-").replace("--", ":"): value for key, value in fields.items()
+        }
         self.send_headers(stream_id, headers, end=end and content is None)
         if content is not None:
             self.send(DataFrame(stream_id, message(content), flags=["END_STREAM"] if end else []))
@@ -138,7 +142,9 @@ class Raw:
     def send_headers(self, stream_id: int, headers: Mapping[str, str] | Iterable[tuple[str, str]], *, end: bool = False) -> None:
         """Send HEADERS."""
         pairs = headers.items() if isinstance(headers, Mapping) else headers
-        self.send(HeadersFrame(stream_id, self.encoder.encode(list(pairs)), flags=["END_HEADERS", *(["END_STREAM"] if end else [])]))
+        self.send(
+            HeadersFrame(stream_id, self.encoder.encode(list(pairs)), flags=["END_HEADERS", *(["END_STREAM"] if end else [])])
+        )
 
     async def receive(self) -> Frame | None:
         """The next frame; None at the end. SETTINGS are acknowledged."""

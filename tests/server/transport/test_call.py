@@ -106,7 +106,9 @@ def test_metadata_both_ways(make: Make) -> None:
     assert [value for key, value in seen if key == "a"] == ["1", "2"]
 
 
-@pytest.mark.parametrize("details", ["plain", "100 % of \t\n\"ümläut\" ☺ 😀", "", "a" * 2000], ids=["plain", "special", "empty", "long"])
+@pytest.mark.parametrize(
+    "details", ["plain", '100 % of \t\n"ümläut" ☺ 😀', "", "a" * 2000], ids=["plain", "special", "empty", "long"]
+)
 def test_abort(make: Make, details: str) -> None:
     """`abort` ends a call with its code, its text whatever it contains, and its metadata, and runs nothing after it."""
     after: list[Any] = []
@@ -300,7 +302,9 @@ def test_serializers(make: Make, caplog: pytest.LogCaptureFixture) -> None:
     async def method(request: int, _context: Any) -> int:
         return request + 1
 
-    handler = grpc.unary_unary_rpc_method_handler(method, request_deserializer=int, response_serializer=lambda number: b"%d" % number)
+    handler = grpc.unary_unary_rpc_method_handler(
+        method, request_deserializer=int, response_serializer=lambda number: b"%d" % number
+    )
 
     async def main() -> None:
         async with calling({"M": handler}, make=make) as channel:

@@ -161,7 +161,9 @@ def test_binary_metadata() -> None:
     assert seen == [b"\0", b"\0", b"\0\1", b"\2", b"\3\4\5", b""]
 
 
-@pytest.mark.parametrize("bad", [("UPPER", "x"), ("a b", "x"), ("k", "new\nline"), ("k", " x"), ("k", "é"), ("grpc-status", "0"), (":status", "200")])
+@pytest.mark.parametrize(
+    "bad", [("UPPER", "x"), ("a b", "x"), ("k", "new\nline"), ("k", " x"), ("k", "é"), ("grpc-status", "0"), (":status", "200")]
+)
 def test_metadata_that_cannot_be_sent(bad: tuple[str, str], caplog: pytest.LogCaptureFixture) -> None:
     """Metadata of a handler that HTTP/2 does not allow is an error of the handler, not of the connection."""
 
@@ -335,7 +337,10 @@ def test_windows_are_given_back() -> None:
         return b""
 
     async def main() -> None:
-        handlers = {"Refuse": grpc.stream_unary_rpc_method_handler(refuse), "Forever": grpc.stream_unary_rpc_method_handler(forever)}
+        handlers = {
+            "Refuse": grpc.stream_unary_rpc_method_handler(refuse),
+            "Forever": grpc.stream_unary_rpc_method_handler(forever),
+        }
         async with running(handlers, options={"grpc.max_receive_message_length": 100_000}) as (server, address):
             async with Raw.connect(address) as client:
                 for number in range(400):
@@ -457,7 +462,9 @@ def test_keepalive() -> None:
     run(main)
 
 
-@pytest.mark.parametrize("sent", [b"", PREFACE[:10], PREFACE, PREFACE + bytes(5)], ids=["silent", "half a preface", "no settings", "half a frame"])
+@pytest.mark.parametrize(
+    "sent", [b"", PREFACE[:10], PREFACE, PREFACE + bytes(5)], ids=["silent", "half a preface", "no settings", "half a frame"]
+)
 def test_slow_handshake(sent: bytes) -> None:
     """Who connects and does not get as far as SETTINGS is let go."""
 
@@ -703,7 +710,12 @@ def test_made_you_reset() -> None:
 
 @pytest.mark.parametrize(
     "frame",
-    [SettingsFrame(settings={1: 4096}), PingFrame(opaque_data=bytes(8)), PriorityFrame(1, depends_on=0), WindowUpdateFrame(0, window_increment=1)],
+    [
+        SettingsFrame(settings={1: 4096}),
+        PingFrame(opaque_data=bytes(8)),
+        PriorityFrame(1, depends_on=0),
+        WindowUpdateFrame(0, window_increment=1),
+    ],
     ids=["settings", "ping", "priority", "window update"],
 )
 def test_floods(frame: Any) -> None:

@@ -126,7 +126,9 @@ def simple(**fields: Any) -> Any:
 
 def output(*sizes: int, **fields: Any) -> Any:
     """A request for responses of these sizes."""
-    return messages.StreamingOutputCallRequest(response_parameters=[messages.ResponseParameters(size=size, **fields) for size in sizes])
+    return messages.StreamingOutputCallRequest(
+        response_parameters=[messages.ResponseParameters(size=size, **fields) for size in sizes]
+    )
 
 
 def case(body: Callable[[Client], Any]) -> Callable[[Callable[[], Any]], None]:
@@ -160,7 +162,9 @@ async def test_large_unary(client: Client) -> None:
 async def test_client_compressed_unary(client: Client) -> None:
     """Requests with and without compression."""
     for compression in (grpc.Compression.Gzip, grpc.Compression.Deflate, grpc.Compression.NoCompression):
-        response = await client.unary("UnaryCall", simple(expect_compressed=messages.BoolValue(value=True)), compression=compression)
+        response = await client.unary(
+            "UnaryCall", simple(expect_compressed=messages.BoolValue(value=True)), compression=compression
+        )
         assert len(response.payload.body) == 314159
 
 

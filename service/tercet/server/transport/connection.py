@@ -45,8 +45,10 @@ DRAIN_SECONDS = 1.0  # for the client to acknowledge that it knows of the end
 LINGER_SECONDS = 0.5  # for the client to read the end and close; a socket that is closed with unread input loses output
 CLIENT_IDLE_PING_SECONDS = 7200.0  # between pings of a client without calls, where it may not ping more often
 KEEPALIVE_PING, DRAIN_PING = b"tercet-k", b"tercet-d"
-HTTP1_ANSWER = b"HTTP/1.1 505 HTTP Version Not Supported\r\nConnection: close\r\nContent-Type: text/plain\r\nContent-Length: %d\r\n\r\n%s"
-HTTP1_TEXT = b"This is a gRPC server; it speaks HTTP/2 only.\n"
+HTTP1_ANSWER = (
+    b"HTTP/1.1 505 HTTP Version Not Supported\r\nConnection: close\r\nContent-Type: text/plain\r\nContent-Length: 46\r\n\r\n"
+    b"This is a gRPC server; it speaks HTTP/2 only.\n"
+)
 GRPC = b"application/grpc"
 
 
@@ -123,7 +125,7 @@ class Connection(asyncio.Protocol):
     # In.
 
     def _initiate(self) -> None:
-        """Send SETTINGS. The client speaks first (RFC 9113, 3.4), so that one that speaks HTTP/1 gets an answer that it can read."""
+        """Send SETTINGS, once the client has spoken (RFC 9113, 3.4), so that HTTP/1 can be answered in HTTP/1."""
         self.initiated = True
         limits = self.server.limits
         settings = {Setting.MAX_CONCURRENT_STREAMS: limits.concurrent_streams, Setting.INITIAL_WINDOW_SIZE: STREAM_WINDOW_BYTES}
@@ -138,7 +140,7 @@ class Connection(asyncio.Protocol):
                 self._begin(event)  # type: ignore[arg-type]
             elif kind is DataReceived:
                 if call := calls.get(event.stream_id):  # type: ignore[attr-defined]
-                    call.receive(event.data, event.end_stream)  # type: ignore[attr-defined]
+                    call.receive(event.data, end_stream=event.end_stream)  # type: ignore[attr-defined]
             elif kind is StreamClosed:
                 if call := calls.pop(event.stream_id, None):  # type: ignore[attr-defined]
                     call.closed()
@@ -183,7 +185,7 @@ class Connection(asyncio.Protocol):
                 raise CallError(StatusCode.RESOURCE_EXHAUSTED, f"the metadata of a call may take {limit} bytes, got {size}")
             call.start()
         except CallError as error:
-            call.end(error.code, str(error))
+            call.interrupt(error.code, str(error))
 
     def acknowledge(self, size: int, stream_id: int) -> None:
         """Let the client send as many bytes more."""
@@ -275,8 +277,7 @@ class Connection(asyncio.Protocol):
         """End what is in flight as UNAVAILABLE, at the end of a grace period; the tasks that have been cancelled."""
         unfinished = [call for call in self.calls.values() if call.finished_at is None]
         for call in unfinished:
-            call.end(StatusCode.UNAVAILABLE, details)
-            call.cancel()
+            call.interrupt(StatusCode.UNAVAILABLE, details)
         self._finish_drain()
         self.flush()
         self._close()
@@ -286,7 +287,7 @@ class Connection(asyncio.Protocol):
         """The client has broken HTTP/2 in a way that ends nghttp2's session: say so, and close."""
         log.info("%s: %s", self.peer, error)
         if not self.settings_received and b" HTTP/1." in data[:8192]:
-            self._write(HTTP1_ANSWER % (len(HTTP1_TEXT), HTTP1_TEXT))
+            self._write(HTTP1_ANSWER)
         else:
             calm = isinstance(error, ngh2.DenialOfServiceError)
             self._write(goaway(ErrorCode.ENHANCE_YOUR_CALM if calm else ErrorCode.PROTOCOL_ERROR, str(error)))
@@ -324,12 +325,13 @@ class Connection(asyncio.Protocol):
             return
         limits = self.server.limits
         silent = now - self.heard_at
+        patience = min(limits.handshake_seconds, limits.keepalive_seconds) if self.partial else limits.keepalive_seconds
         if not self.settings_received:
             if now - self.created_at > limits.handshake_seconds:
                 self.transport.abort()
         elif self.pinged_at is not None and now - self.pinged_at > limits.keepalive_timeout_seconds:
             self.transport.abort()
-        elif self.pinged_at is None and silent > (min(limits.handshake_seconds, limits.keepalive_seconds) if self.partial else limits.keepalive_seconds):
+        elif self.pinged_at is None and silent > patience:
             self._ping(now)
         elif now - self.created_at > self.age_seconds + limits.age_grace_seconds:
             self.end_calls("the connection has reached its maximum age")
@@ -381,7 +383,7 @@ class Connection(asyncio.Protocol):
 def http_status(fields: Mapping[bytes, bytes]) -> bytes | None:
     """The HTTP status to refuse a request with that is not gRPC; None if it is."""
     kind = fields.get(b"content-type", b"")
-    if not kind.startswith(GRPC) or kind[len(GRPC) : len(GRPC) + 1] not in (b"", b"+", b";"):
+    if kind != GRPC and not kind.startswith((GRPC + b"+", GRPC + b";")):
         return b"415"
     return None if fields.get(b":method") == b"POST" else b"405"
 

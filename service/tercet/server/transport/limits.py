@@ -49,13 +49,15 @@ class Limits:
         values: dict[str, Any] = {}
         for name, field in OPTIONS.items():
             if name in options:
-                value = options[name]
-                unlimited = value < 0 or (value >= DISABLED and name.endswith("_ms"))
-                values[field] = (inf if name.endswith("_ms") else DISABLED) if unlimited else value / 1e3 if name.endswith("_ms") else value
+                value, disabled = options[name], not 0 <= options[name] < DISABLED
+                if name.endswith("_ms"):
+                    values[field] = inf if disabled else value / 1e3
+                else:
+                    values[field] = DISABLED if disabled else value
         return cls(**values)
 
     @property
     def check_seconds(self) -> float:
         """How often the times above are checked."""
-        shortest = min(self.handshake_seconds, self.idle_seconds, self.age_seconds, self.keepalive_seconds, self.keepalive_timeout_seconds)
-        return min(1.0, max(0.01, shortest / 4))
+        keepalive = min(self.keepalive_seconds, self.keepalive_timeout_seconds)
+        return min(1.0, max(0.01, min(self.handshake_seconds, self.idle_seconds, self.age_seconds, keepalive) / 4))

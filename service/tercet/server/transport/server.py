@@ -3,12 +3,10 @@
 import asyncio
 import contextlib
 import logging
-import os
 import socket
 import ssl
-import stat
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,22 +51,22 @@ class Server(grpc.aio.Server):
         self.stopping = False
         self._interceptors = tuple(interceptors)
         self._max_calls = maximum_concurrent_rpcs
-        self._methods: dict[str, Any] = {}  # by path
+        self._methods: dict[bytes, Any] = {}  # by path
         self._generic: list[grpc.GenericRpcHandler] = []
         self._sockets: list[tuple[socket.socket, Contexts | None]] = []
-        self._unix_paths: list[str] = []
+        self._unix_paths: list[Path] = []
         self._listeners: list[asyncio.Server] = []
         self._idle, self._terminated = asyncio.Event(), asyncio.Event()
 
     # grpc.aio.Server
 
-    def add_generic_rpc_handlers(self, generic_rpc_handlers: Sequence[grpc.GenericRpcHandler]) -> None:
+    def add_generic_rpc_handlers(self, generic_rpc_handlers: Iterable[grpc.GenericRpcHandler]) -> None:
         """Add what finds handlers by the details of a call."""
         self._generic += generic_rpc_handlers
 
     def add_registered_method_handlers(self, service_name: str, method_handlers: Mapping[str, Any]) -> None:
         """Add the handlers of a service, by the names of its methods."""
-        self._methods |= {f"/{service_name}/{name}": handler for name, handler in method_handlers.items()}
+        self._methods |= {f"/{service_name}/{name}".encode(): handler for name, handler in method_handlers.items()}
 
     def add_insecure_port(self, address: str) -> int:
         """Bind HOST:PORT, [IPV6]:PORT or unix:PATH. Returns the port, 1 for a path. Raises RuntimeError."""
@@ -102,22 +100,18 @@ class Server(grpc.aio.Server):
             listener.close()
         for connection in list(self.connections):
             connection.drain()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(grace or 0):
-                await self._closed()
+        await self._closed(grace or 0)
         cancelled = [task for connection in list(self.connections) for task in connection.end_calls("the server is stopping")]
         if cancelled:
             await asyncio.wait(cancelled, timeout=CANCELLED_SECONDS)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(2 * LINGER_SECONDS):
-                await self._closed()
+        await self._closed(2 * LINGER_SECONDS)
         for connection in list(self.connections):
             connection.transport.abort()
         self._checking.cancel()
         for bound, _ in self._sockets:
             bound.close()
         for path in self._unix_paths:
-            Path(path).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
         self._terminated.set()
 
     async def wait_for_termination(self, timeout: float | None = None) -> bool:  # noqa: ASYNC109  grpc.aio's own
@@ -139,17 +133,18 @@ class Server(grpc.aio.Server):
         """A call has ended."""
         self.active_calls -= 1
 
+    def registered_handler(self, path: bytes) -> Any:
+        """The handler of a method, if it can be told without interceptors and generic handlers."""
+        return None if self._interceptors else self._methods.get(path)
+
     async def find_handler(self, call: Call) -> Any:
         """What the interceptors make of the method's handler; None: there is none."""
-        method = call.path.decode(errors="replace")
-        if not self._interceptors and (handler := self._methods.get(method)):
-            return handler
-        return await self._intercept(0, HandlerCallDetails(method, call.invocation_metadata()))
+        return await self._intercept(0, HandlerCallDetails(call.path.decode(errors="replace"), call.invocation_metadata()))
 
     async def _intercept(self, index: int, details: Any) -> Any:
         """Ask the interceptors from `index` on, each of which may ask the next."""
         if index == len(self._interceptors):
-            return self._methods.get(details.method) or self._find_generic(details)
+            return self._methods.get(details.method.encode()) or self._find_generic(details)
 
         def next_interceptor(details: Any) -> Awaitable[Any]:
             return self._intercept(index + 1, details)
@@ -163,12 +158,13 @@ class Server(grpc.aio.Server):
 
     def _bind(self, address: str, contexts: Contexts | None) -> int:
         try:
-            bound = bind_unix(address) if address.startswith(("unix:", "unix-abstract:")) else bind_tcp(address, self.limits.reuse_port)
+            unix = address.startswith(("unix:", "unix-abstract:"))
+            bound = bind_unix(address) if unix else bind_tcp(address, reuse_port=bool(self.limits.reuse_port))
         except (OSError, ValueError) as error:
             raise RuntimeError(f"Failed to bind to address {address}: {error}") from error
         self._sockets.append((bound, contexts))
         if bound.family == socket.AF_UNIX and isinstance(path := bound.getsockname(), str):
-            self._unix_paths.append(path)
+            self._unix_paths.append(Path(path))
         return 1 if bound.family == socket.AF_UNIX else int(bound.getsockname()[1])
 
     # Time.
@@ -180,13 +176,15 @@ class Server(grpc.aio.Server):
             for connection in list(self.connections):
                 connection.check(now)
 
-    async def _closed(self) -> None:
-        """Wait until all connections are closed."""
-        while self.connections:
-            await asyncio.sleep(0.01)
+    async def _closed(self, seconds: float) -> None:
+        """Wait until all connections are closed, but no longer than that."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while self.connections:
+                    await asyncio.sleep(0.01)  # noqa: ASYNC110  not worth an event: a server stops once
 
 
-def bind_tcp(address: str, reuse_port: int) -> socket.socket:
+def bind_tcp(address: str, *, reuse_port: bool) -> socket.socket:
     """A socket for HOST:PORT. Raises OSError, ValueError."""
     for scheme in ("ipv4:", "ipv6:", "dns:///", "dns:"):
         address = address.removeprefix(scheme)
@@ -212,7 +210,7 @@ def bind_unix(address: str) -> socket.socket:
     scheme, _, path = address.partition(":")
     path = f"\0{path}" if scheme == "unix-abstract" else path.removeprefix("//")
     with contextlib.suppress(OSError, ValueError):
-        if stat.S_ISSOCK(os.stat(path).st_mode):
+        if Path(path).is_socket():
             Path(path).unlink()
     bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:

@@ -6,6 +6,7 @@ import re
 import struct
 import zlib
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 from urllib.parse import quote_from_bytes
 
@@ -22,7 +23,9 @@ UNQUOTED = " !\"#$&'()*+,/:;<=>?@[\\]^`{|}"  # printable ASCII but %; quote_from
 ENCODINGS = {Compression.Deflate: b"deflate", Compression.Gzip: b"gzip"}
 WINDOW_BITS = {b"deflate": 15, b"gzip": 31}  # for zlib: RFC 1950 and RFC 1952
 ACCEPTED = b"identity,deflate,gzip"
-MAX_METADATA_BYTES = 2**16  # of what a handler sends; nghttp2 sends no more
+STATUS: dict[StatusCode, Headers] = {code: ((b"grpc-status", b"%d" % code.value[0]),) for code in StatusCode}
+MAX_METADATA_BYTES = 2**15  # of what a handler sends; nghttp2 sends no more than 64 KiB of headers
+MAX_DETAILS = 4096  # characters of a status' text
 
 
 class Metadatum(NamedTuple):
@@ -50,6 +53,14 @@ def encode_message(message: bytes, encoding: bytes | None = None) -> bytes:
     return PREFIX.pack(0, len(message)) + message
 
 
+def check_encoding(encoding: bytes) -> bytes:
+    """The grpc-encoding of a request. Raises CallError unless it is known."""
+    if encoding in WINDOW_BITS or encoding in (b"", b"identity"):
+        return encoding
+    text = encoding[:20].decode(errors="replace")
+    raise CallError(StatusCode.UNIMPLEMENTED, f"grpc-encoding: expected one of {ACCEPTED.decode()}, got {text!r}")
+
+
 def decompress(message: bytes, encoding: bytes, limit: int) -> bytes:
     """The message itself; memory stays bounded whatever a few bytes would expand to. Raises CallError."""
     if encoding in (b"", b"identity"):  # "Compression": the one status that the standard demands here
@@ -67,11 +78,13 @@ def decompress(message: bytes, encoding: bytes, limit: int) -> bytes:
 
 
 def decode_timeout(value: bytes) -> float:
-    """Seconds of a grpc-timeout such as 100m. Raises CallError."""
+    """Seconds of a grpc-timeout such as 100m. Raises CallError, also when it is over already."""
     match = TIMEOUT.fullmatch(value)
     if match is None:
         text = value[:20].decode(errors="replace")
         raise CallError(StatusCode.INVALID_ARGUMENT, f"grpc-timeout: expected up to 8 digits and one of HMSmun, got {text!r}")
+    if not int(match[1]):
+        raise CallError(StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded")
     return int(match[1]) * UNITS[match[2]]
 
 
@@ -115,12 +128,12 @@ def encode_metadata(metadata: Sequence[tuple[str, str | bytes]] | Any) -> Header
 
 def header_bytes(headers: Sequence[tuple[bytes, bytes]]) -> int:
     """The size of a header list as SETTINGS_MAX_HEADER_LIST_SIZE counts it: 32 more per field (RFC 9113, 6.5.2)."""
-    return 32 * len(headers) + sum(map(len, [part for header in headers for part in header]))
+    return 32 * len(headers) + sum(map(len, chain.from_iterable(headers)))
 
 
-def status_headers(code: StatusCode, details: str | None) -> Headers:
+def status_headers(code: StatusCode, details: str) -> Headers:
     """grpc-status and grpc-message, the latter percent-encoded UTF-8."""
-    status = (b"grpc-status", b"%d" % code.value[0])
     if not details:
-        return (status,)
-    return status, (b"grpc-message", quote_from_bytes(details.encode(errors="replace"), UNQUOTED).encode())
+        return STATUS[code]
+    text = details[:MAX_DETAILS].encode(errors="replace")
+    return (*STATUS[code], (b"grpc-message", quote_from_bytes(text, UNQUOTED).encode()))
