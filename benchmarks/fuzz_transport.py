@@ -1,4 +1,4 @@
-"""Throw broken connections at server/transport: python benchmarks/fuzz_transport.py [--connections 1000000] [--seed 0] [--processes 2].
+"""Throw broken connections at server/transport: python benchmarks/fuzz_transport.py --connections 1000000 --processes 2.
 
 Each connection is a valid conversation (calls of all kinds, with metadata, compression, padding, CONTINUATION, pings, resets) with
 its bytes or its frames mutated: bits flipped, frames dropped, repeated, swapped, cut, lengths and ids changed, junk put in between,
@@ -22,7 +22,7 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -134,7 +134,7 @@ def conversation(chance: random.Random) -> list[bytes]:
     """What a client could send, as frames; the first is the preface."""
     encoder = hpack.Encoder()
     frames: list[Frame] = [
-        SettingsFrame(settings={chance.choice((1, 3, 4, 5, 6)): chance.choice((0, 100, 65_535))} if chance.random() < 0.3 else {})
+        SettingsFrame(settings={chance.choice((1, 3, 4, 5, 6)): chance.choice((0, 100, 65_535))} if happens(chance, 0.3) else {})
     ]
     for number in range(chance.randrange(1, 6)):
         frames += call(chance, encoder, 2 * number + 1)
@@ -157,12 +157,12 @@ def call(chance: random.Random, encoder: hpack.Encoder, stream_id: int) -> Itera
         ("user-agent", "fuzz"),
         ("long", "v" * 300),
     ]
-    headers += [header for header in optional if chance.random() < 0.4]
-    if chance.random() < 0.2:
+    headers += [header for header in optional if happens(chance, 0.4)]
+    if happens(chance, 0.2):
         at = chance.randrange(len(headers))
         headers[at] = (headers[at][0], garble(chance, headers[at][1].encode()).decode("latin1"))
     block = encoder.encode(headers)
-    if chance.random() < 0.2:
+    if happens(chance, 0.2):
         cut = chance.randrange(len(block))
         yield HeadersFrame(stream_id, block[:cut])
         yield ContinuationFrame(stream_id, block[cut:], flags=["END_HEADERS"])
@@ -172,18 +172,23 @@ def call(chance: random.Random, encoder: hpack.Encoder, stream_id: int) -> Itera
     for _ in range(chance.choice((1, 1, 1, 0, 2, 3))):
         message, compressed = (
             chance.randbytes(chance.choice((0, 3, 50, 400))),
-            ("grpc-encoding", "gzip") in headers and chance.random() < 0.5,
+            ("grpc-encoding", "gzip") in headers and happens(chance, 0.5),
         )
         message = gzip.compress(message) if compressed else message
         content += struct.pack(">BI", compressed, len(message)) + message
-    if chance.random() < 0.2:
+    if happens(chance, 0.2):
         content = garble(chance, content or b"x")
     size = chance.choice((1, 7, 100, 10_000))
     pieces = [content[start : start + size] for start in range(0, len(content), size)][:40]
     for piece in pieces:
-        padded = chance.random() < 0.1
+        padded = happens(chance, 0.1)
         yield DataFrame(stream_id, piece, flags=["PADDED"] if padded else [], pad_length=5 if padded else 0)
     yield DataFrame(stream_id, flags=["END_STREAM"])
+
+
+def happens(chance: random.Random, probability: float) -> bool:
+    """Whether it does this time."""
+    return chance.random() < probability
 
 
 def garble(chance: random.Random, content: bytes) -> bytes:
@@ -206,41 +211,40 @@ def extras(chance: random.Random, stream_id: int) -> Iterator[Frame]:
         SettingsFrame(settings={4: chance.choice((0, 10, 2**31 - 1))}),
         GoAwayFrame(last_stream_id=0),
     ]
-    if chance.random() < 0.5:
+    if happens(chance, 0.5):
         yield chance.choice(choices)
+
+
+MUTATIONS: tuple[Callable[[random.Random, bytes], bytes], ...] = (  # of a frame
+    lambda chance, frame: replace(frame, at := chance.randrange(len(frame)), frame[at] ^ 1 << chance.randrange(8)),
+    lambda chance, frame: replace(frame, chance.randrange(len(frame)), chance.randrange(256)),
+    lambda chance, frame: replace(
+        frame, chance.randrange(min(9, len(frame))), chance.randrange(256)
+    ),  # length, type, flags, stream
+    lambda chance, frame: frame[: chance.randrange(len(frame))],
+    lambda _, frame: b"",  # noqa: ARG005
+    lambda _, frame: frame * 2,
+    lambda chance, frame: frame + chance.randbytes(chance.randrange(1, 40)),
+    lambda chance, frame: frame[:9] + garble(chance, frame[9:]),  # the length no longer fits
+)
+
+
+def replace(frame: bytes, at: int, byte: int) -> bytes:
+    """One byte changed."""
+    return frame[:at] + bytes([byte]) + frame[at + 1 :]
 
 
 def mutate(chance: random.Random, frames: list[bytes]) -> bytes:
     """The conversation, broken in up to four ways."""
     for _ in range(chance.choice((0, 1, 1, 2, 4))):
         at = chance.randrange(1, len(frames))
-        kind = chance.randrange(9)
-        frame = bytearray(frames[at] or b"\0")
-        if kind == 0:
-            frame[chance.randrange(len(frame))] ^= 1 << chance.randrange(8)
-        elif kind == 1:
-            frame[chance.randrange(len(frame))] = chance.randrange(256)
-        elif kind == 2:
-            frame[chance.randrange(min(9, len(frame)))] = chance.randrange(256)  # length, type, flags or stream
-        elif kind == 3:
-            del frame[chance.randrange(len(frame)) :]
-        elif kind == 4:
-            frame[:] = b""
-        elif kind == 5:
-            frame *= 2
-        elif kind == 6:
-            frame += chance.randbytes(chance.randrange(1, 40))
-        elif kind == 7 and len(frame) > 9:
-            frame[9 : 9 + chance.randrange(1, 9)] = chance.randbytes(chance.randrange(0, 9))  # the lengths no longer fit
-        else:
+        if happens(chance, 0.1):
             other = chance.randrange(1, len(frames))
             frames[at], frames[other] = frames[other], frames[at]
-            continue
-        frames[at] = bytes(frame)
-    content = bytearray(b"".join(frames))
-    if chance.random() < 0.05:
-        content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
-    return bytes(content)
+        else:
+            frames[at] = chance.choice(MUTATIONS)(chance, frames[at] or b"\0")
+    content = b"".join(frames)
+    return MUTATIONS[0](chance, content) if happens(chance, 0.05) else content
 
 
 async def converse(server: Any, chance: random.Random, content: bytes) -> Memory:
@@ -252,17 +256,17 @@ async def converse(server: Any, chance: random.Random, content: bytes) -> Memory
         size = chance.choice((1, 9, 100, 5_000, len(content)))
         connection.data_received(content[position : position + size])
         position += size
-        if chance.random() < 0.3:
+        if happens(chance, 0.3):
             await asyncio.sleep(0)
-        if chance.random() < 0.02:
+        if happens(chance, 0.02):
             connection.pause_writing()
             await asyncio.sleep(0)
             connection.resume_writing()
     for _ in range(chance.choice((0, 1, TICKS))):
         await asyncio.sleep(0)
-    if chance.random() < 0.05:
+    if happens(chance, 0.05):
         connection.drain(b"fuzz")
-    if chance.random() < 0.05:
+    if happens(chance, 0.05):
         connection.check(time.monotonic() + 1e4)
     memory.close()
     connection.connection_lost(None)

@@ -36,7 +36,7 @@ async def echo(request: bytes, _context: Any) -> bytes:
 
 def add(server: Any, handlers: Mapping[str, Any]) -> None:
     """Add handlers as generated code does."""
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, dict(handlers)),))
     server.add_registered_method_handlers(SERVICE, handlers)
 
 
@@ -59,10 +59,21 @@ async def running(
         await server.stop(0)
 
 
+def connect(address: str, options: Sequence[Any] = (), **arguments: Any) -> Any:
+    """A channel of grpc.aio, without types: its requests and responses are bytes."""
+    return grpc.aio.insecure_channel(address, [*OWN, *options], **arguments)
+
+
+async def eventually(condition: Callable[[], Any]) -> None:
+    """Wait until it holds; the test's own timeout bounds that."""
+    while not condition():  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+
+
 @asynccontextmanager
 async def calling(handlers: Mapping[str, Any] | None = None, channel: Sequence[Any] = (), **arguments: Any) -> AsyncIterator[Any]:
     """A channel of grpc.aio to a server of its own."""
-    async with running(handlers, **arguments) as (_, address), grpc.aio.insecure_channel(address, [*OWN, *channel]) as opened:
+    async with running(handlers, **arguments) as (_, address), connect(address, channel) as opened:
         yield opened
 
 
@@ -156,7 +167,9 @@ class Raw:
             return None
         self.frames.append(frame)
         if isinstance(frame, HeadersFrame):
-            self.headers.setdefault(frame.stream_id, {}).update(self.decoder.decode(frame.data))
+            self.headers.setdefault(frame.stream_id, {}).update(
+                {str(key): str(value) for key, value in self.decoder.decode(frame.data)}
+            )
         elif isinstance(frame, DataFrame):
             self.data.setdefault(frame.stream_id, bytearray()).extend(frame.data)
         elif isinstance(frame, SettingsFrame) and "ACK" not in frame.flags:

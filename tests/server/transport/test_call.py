@@ -9,12 +9,9 @@ import grpc
 import pytest
 from grpc import StatusCode
 
-from tests.server.transport.conftest import calling, failure, path, run, running, unary
+from tests.server.transport.conftest import calling, connect, eventually, failure, path, run, running, unary
 
 Make = Callable[..., Any]
-
-
-started: asyncio.Event
 
 
 async def double(request: bytes, _context: Any) -> AsyncIterator[bytes]:
@@ -40,7 +37,7 @@ async def read_and_write(_requests: Any, context: Any) -> None:
         await context.write(request.upper())
 
 
-KINDS = {
+KINDS: dict[str, Any] = {
     "Double": grpc.unary_stream_rpc_method_handler(double),
     "Join": grpc.stream_unary_rpc_method_handler(join),
     "Upper": grpc.stream_stream_rpc_method_handler(upper),
@@ -244,6 +241,7 @@ def test_cancellation(make: Make) -> None:
     """A call that its client cancels is cancelled in its handler, which sees that; its callbacks run, and others go on."""
     contexts: list[Any] = []
     events: list[str] = []
+    started = asyncio.Event()
 
     async def method(_request: bytes, context: Any) -> bytes:
         contexts.append(context)
@@ -257,16 +255,13 @@ def test_cancellation(make: Make) -> None:
         return b""
 
     async def main() -> None:
-        global started
-        started = asyncio.Event()
         async with calling({"M": unary(method)}, make=make) as channel:
             call = channel.unary_unary(path("M"))(b"")
             await started.wait()
             assert not contexts[0].cancelled()
             assert not contexts[0].done()
             call.cancel()
-            while len(events) < 2:
-                await asyncio.sleep(0.01)
+            await eventually(lambda: len(events) == 2)
             assert await channel.unary_unary(path("Echo"))(b"x") == b"x"
 
     run(main)
@@ -289,8 +284,7 @@ def test_callbacks_run_once(make: Make) -> None:
         async with calling({"M": unary(method)}, make=make) as channel:
             await channel.unary_unary(path("M"))(b"")
             await failure(channel.unary_unary(path("M"))(b"x"))
-            while len(done) < 2:
-                await asyncio.sleep(0.01)
+            await eventually(lambda: len(done) == 2)
 
     run(main)
     assert done == contexts
@@ -299,7 +293,7 @@ def test_callbacks_run_once(make: Make) -> None:
 def test_serializers(make: Make, caplog: pytest.LogCaptureFixture) -> None:
     """Requests and responses go through the handler's functions; one that raises ends the call."""
 
-    async def method(request: int, _context: Any) -> int:
+    async def method(request: Any, _context: Any) -> Any:
         return request + 1
 
     handler = grpc.unary_unary_rpc_method_handler(
@@ -329,11 +323,13 @@ def test_compression(make: Make, compression: Any, where: str) -> None:
 
     async def main() -> None:
         arguments: dict[str, Any] = {"compression": compression} if where == "server" else {}
-        async with running({"M": grpc.unary_stream_rpc_method_handler(method)}, make=make, **arguments) as (_, address):
-            async with grpc.aio.insecure_channel(address, compression=compression if where == "client" else None) as channel:
-                for content in (b"a" * 100_000, b"", b"a"):
-                    assert [response async for response in channel.unary_stream(path("M"))(content)] == [content] * 2
-                    assert await channel.unary_unary(path("Echo"))(content) == content
+        async with (
+            running({"M": grpc.unary_stream_rpc_method_handler(method)}, make=make, **arguments) as (_, address),
+            connect(address, compression=compression if where == "client" else None) as channel,
+        ):
+            for content in (b"a" * 100_000, b"", b"a"):
+                assert [response async for response in channel.unary_stream(path("M"))(content)] == [content] * 2
+                assert await channel.unary_unary(path("Echo"))(content) == content
 
     run(main)
 
@@ -421,9 +417,9 @@ def test_addresses_and_peers(make: Make, address: str, tmp_path: Any) -> None:
 
     async def main() -> None:
         async with running({"M": unary(method)}, make=make, address=address) as (_, bound):
-            targets = {"[::]": ["127.0.0.1", "[::1]"], "0.0.0.0": ["127.0.0.1"]}.get(bound.rpartition(":")[0])
+            targets = {"[::]": ["127.0.0.1", "[::1]"], "0.0.0.0": ["127.0.0.1"]}.get(bound.rpartition(":")[0])  # noqa: S104
             for target in [f"{host}:{bound.rpartition(':')[2]}" for host in targets] if targets else [bound]:
-                async with grpc.aio.insecure_channel(target) as channel:
+                async with connect(target) as channel:
                     assert await channel.unary_unary(path("M"))(b"x") == b"x"
 
     run(main)

@@ -29,6 +29,8 @@ from tests.server.transport.conftest import (
     PROTOCOL_ERROR,
     Raw,
     calling,
+    connect,
+    eventually,
     failure,
     message,
     path,
@@ -81,7 +83,7 @@ def test_a_call_in_frames() -> None:
         ({"grpc_encoding": "identity"}, {"grpc-status": "0"}),
     ],
 )
-def test_headers_of_a_request(fields: dict[str, str], expected: dict[str, str]) -> None:
+def test_headers_of_a_request(fields: dict[str, Any], expected: dict[str, str]) -> None:
     """What is not gRPC gets an HTTP status; what gRPC does not allow, a status with a sentence; what is unusual works."""
 
     async def main() -> None:
@@ -202,7 +204,7 @@ def test_the_client_says_which_compression_it_takes(accepted: str) -> None:
 
     async def main() -> None:
         async with running(compression=grpc.Compression.Gzip) as (_, address), Raw.connect(address) as client:
-            client.request(1, content=bytes(1000), **({"grpc_accept_encoding": accepted} if accepted else {}))
+            client.request(1, content=bytes(1000), grpc_accept_encoding=accepted)
             headers = await client.answer()
             assert (headers.get("grpc-encoding") == "gzip") == ("gzip" in accepted)
             flag, rest = client.data[1][0], client.data[1][5:]
@@ -282,17 +284,19 @@ def test_a_socket_that_is_not_read_stalls_handlers() -> None:
             yield bytes(100_000)
 
     async def main() -> None:
-        async with running({"Pour": grpc.unary_stream_rpc_method_handler(pour)}) as (_, address):
-            async with Raw.connect(address, {WINDOW: 2**31 - 1}) as client:
-                client.send(WindowUpdateFrame(0, window_increment=2**30))
-                client.request(1, name="Pour")
-                count = -1
-                while len(written) > count:
-                    count = len(written)
-                    await asyncio.sleep(0.2)
-                assert count < 200
-                assert (await client.answer(1))["grpc-status"] == "0"
-                assert len(written) == 300
+        async with (
+            running({"Pour": grpc.unary_stream_rpc_method_handler(pour)}) as (_, address),
+            Raw.connect(address, {WINDOW: 2**31 - 1}) as client,
+        ):
+            client.send(WindowUpdateFrame(0, window_increment=2**30))
+            client.request(1, name="Pour")
+            count = -1
+            while len(written) > count:
+                count = len(written)
+                await asyncio.sleep(0.2)
+            assert count < 200
+            assert (await client.answer(1))["grpc-status"] == "0"
+            assert len(written) == 300
 
     run(main)
 
@@ -305,28 +309,24 @@ def test_a_handler_that_does_not_read_stalls_its_client() -> None:
         await go.wait()
         return b"%d" % sum([len(request) async for request in requests])
 
+    sent = [0]
+
     async def main() -> None:
-        global sent
         async with calling({"Lazy": grpc.stream_unary_rpc_method_handler(lazy)}) as channel:
-            sent = 0
 
             async def pour() -> AsyncIterator[bytes]:
-                global sent
                 for _ in range(200):
-                    sent += 1
+                    sent[0] += 1
                     yield bytes(100_000)
 
             call = channel.stream_unary(path("Lazy"))(pour())
             await asyncio.sleep(0.5)
-            assert sent < 50
+            assert sent[0] < 50
             assert await channel.unary_unary(path("Echo"))(b"x") == b"x"
             go.set()
             assert await call == b"20000000"
 
     run(main)
-
-
-sent: int
 
 
 def test_windows_are_given_back() -> None:
@@ -337,26 +337,28 @@ def test_windows_are_given_back() -> None:
         return b""
 
     async def main() -> None:
-        handlers = {
+        handlers: dict[str, Any] = {
             "Refuse": grpc.stream_unary_rpc_method_handler(refuse),
             "Forever": grpc.stream_unary_rpc_method_handler(forever),
         }
-        async with running(handlers, options={"grpc.max_receive_message_length": 100_000}) as (server, address):
-            async with Raw.connect(address) as client:
-                for number in range(400):
-                    stream_id, window = 2 * number + 1, bytes(16_000)
-                    client.request(stream_id, name=("Refuse", "Forever", "None", "Echo")[number % 4], content=None, end=False)
-                    client.send(DataFrame(stream_id, message(bytes(60_000))[:16_000]), *[DataFrame(stream_id, window)] * 3)
-                    if number % 4 == 3:
-                        client.send(DataFrame(stream_id, message(bytes(200_000))[:100]))
-                    client.send(RstStreamFrame(stream_id, error_code=CANCEL))
-                    if number % 10 == 0:
-                        await client.ping()
-                await client.ping()
-                [connection] = server.connections
-                assert not connection.calls
-                assert server.active_calls == 0
-                assert connection.session.local_window_size > 2**23  # updates are sent when half of it is used
+        async with (
+            running(handlers, options={"grpc.max_receive_message_length": 100_000}) as (server, address),
+            Raw.connect(address) as client,
+        ):
+            for number in range(400):
+                stream_id, window = 2 * number + 1, bytes(16_000)
+                client.request(stream_id, name=("Refuse", "Forever", "None", "Echo")[number % 4], content=None, end=False)
+                client.send(DataFrame(stream_id, message(bytes(60_000))[:16_000]), *[DataFrame(stream_id, window)] * 3)
+                if number % 4 == 3:
+                    client.send(DataFrame(stream_id, message(bytes(200_000))[:100]))
+                client.send(RstStreamFrame(stream_id, error_code=CANCEL))
+                if number % 10 == 0:
+                    await client.ping()
+            await client.ping()
+            [connection] = server.connections
+            assert not connection.calls
+            assert server.active_calls == 0
+            assert connection.session.local_window_size > 2**23  # updates are sent when half of it is used
 
     run(main)
 
@@ -379,7 +381,7 @@ def test_metadata_limit() -> None:
                     headers = await client.answer(stream_id + 2)
                     assert headers["grpc-status"] == str(StatusCode.RESOURCE_EXHAUSTED.value[0])
                     assert "may take 16384 bytes, got 17" in headers["grpc-message"]
-            async with grpc.aio.insecure_channel(address) as channel:
+            async with connect(address) as channel:
                 error = await failure(channel.unary_unary(path("Echo"))(b"", metadata=(("k", "v" * 30_000),)))
                 assert error.code() is StatusCode.RESOURCE_EXHAUSTED
                 assert await channel.unary_unary(path("Echo"))(b"x", metadata=(("k", "v" * 12_000),)) == b"x"
@@ -397,7 +399,7 @@ def test_concurrent_streams() -> None:
                 for stream_id in (1, 3, 5):
                     client.request(stream_id, name="Forever")
                 assert (await client.goaway()).error_code == PROTOCOL_ERROR
-            async with grpc.aio.insecure_channel(address) as channel:
+            async with connect(address) as channel:
                 assert await asyncio.gather(*[channel.unary_unary(path("Echo"))(b"x") for _ in range(50)]) == [b"x"] * 50
 
     run(main)
@@ -411,19 +413,18 @@ def test_pings() -> None:
     patient = {"grpc.http2.min_recv_ping_interval_without_data_ms": 50, "grpc.keepalive_permit_without_calls": 1}
 
     async def main() -> None:
-        async with running(options=patient) as (_, address):
-            async with Raw.connect(address) as client:
-                for number in range(8):
-                    client.send(PingFrame(opaque_data=b"%08d" % number))
-                    await client.until(lambda frame, n=number: isinstance(frame, PingFrame) and frame.opaque_data == b"%08d" % n)  # type: ignore[misc]
-                    await asyncio.sleep(0.06)
-                for stream_id in range(1, 41, 2):  # after data any ping is welcome
-                    client.request(stream_id)
-                    await client.answer(stream_id)
-                    await client.ping()
-                client.send(*[PingFrame(opaque_data=bytes(8))] * 4)
-                goaway = await client.goaway()
-                assert (goaway.error_code, goaway.additional_data) == (CALM, b"too_many_pings")
+        async with running(options=patient) as (_, address), Raw.connect(address) as client:
+            for number in range(8):
+                client.send(PingFrame(opaque_data=b"%08d" % number))
+                await client.until(lambda frame, n=number: isinstance(frame, PingFrame) and frame.opaque_data == b"%08d" % n)  # type: ignore[misc]
+                await asyncio.sleep(0.06)
+            for stream_id in range(1, 41, 2):  # after data any ping is welcome
+                client.request(stream_id)
+                await client.answer(stream_id)
+                await client.ping()
+            client.send(*[PingFrame(opaque_data=bytes(8))] * 4)
+            goaway = await client.goaway()
+            assert (goaway.error_code, goaway.additional_data) == (CALM, b"too_many_pings")
 
     run(main)
 
@@ -432,12 +433,14 @@ def test_pings_without_calls_are_rationed() -> None:
     """A client without calls may not ping unless the server permits it, as gRPC has it."""
 
     async def main() -> None:
-        async with running(options={"grpc.http2.min_recv_ping_interval_without_data_ms": 1}) as (_, address):
-            async with Raw.connect(address) as client:
-                for _ in range(4):
-                    client.send(PingFrame(opaque_data=bytes(8)))
-                    await asyncio.sleep(0.01)
-                assert (await client.goaway()).additional_data == b"too_many_pings"
+        async with (
+            running(options={"grpc.http2.min_recv_ping_interval_without_data_ms": 1}) as (_, address),
+            Raw.connect(address) as client,
+        ):
+            for _ in range(4):
+                client.send(PingFrame(opaque_data=bytes(8)))
+                await asyncio.sleep(0.01)
+            assert (await client.goaway()).additional_data == b"too_many_pings"
 
     run(main)
 
@@ -447,17 +450,19 @@ def test_keepalive() -> None:
     limits = {"grpc.keepalive_time_ms": 100, "grpc.keepalive_timeout_ms": 200}
 
     async def main() -> None:
-        async with running({"Forever": unary(forever)}, options=limits) as (server, address):
-            async with Raw.connect(address) as client, grpc.aio.insecure_channel(address) as channel:
-                waiting = channel.unary_unary(path("Forever"))(b"")
-                client.request(name="Forever")
-                while server.active_calls < 2:
-                    await asyncio.sleep(0.01)
-                assert isinstance((await client.rest())[-1], PingFrame)
-                assert server.active_calls == 1
-                await asyncio.sleep(1)
-                assert not waiting.done()
-                waiting.cancel()
+        async with (
+            running({"Forever": unary(forever)}, options=limits) as (server, address),
+            Raw.connect(address) as client,
+            connect(address) as channel,
+        ):
+            waiting = channel.unary_unary(path("Forever"))(b"")
+            client.request(name="Forever")
+            await eventually(lambda: server.active_calls == 2)
+            assert isinstance((await client.rest())[-1], PingFrame)
+            assert server.active_calls == 1
+            await asyncio.sleep(1)
+            assert not waiting.done()
+            waiting.cancel()
 
     run(main)
 
@@ -469,11 +474,13 @@ def test_slow_handshake(sent: bytes) -> None:
     """Who connects and does not get as far as SETTINGS is let go."""
 
     async def main() -> None:
-        async with running(options={"grpc.server_handshake_timeout_ms": 100}) as (server, address):
-            async with Raw.connect(address, greet=False) as client:
-                client.send(sent)
-                await client.rest()
-                assert not server.connections
+        async with (
+            running(options={"grpc.server_handshake_timeout_ms": 100}) as (server, address),
+            Raw.connect(address, greet=False) as client,
+        ):
+            client.send(sent)
+            await client.rest()
+            assert not server.connections
 
     run(main)
 
@@ -484,23 +491,22 @@ def test_slow_headers(drip: bool) -> None:  # noqa: FBT001
     limits = {"grpc.server_handshake_timeout_ms": 100, "grpc.keepalive_timeout_ms": 200}
 
     async def main() -> None:
-        async with running(options=limits) as (server, address):
-            async with Raw.connect(address) as slow, Raw.connect(address) as silent:
-                await silent.ping()
-                await slow.ping()
-                slow.send(HeadersFrame(1, slow.encoder.encode([(":method", "POST")])))  # no END_HEADERS
-                block = ContinuationFrame(1, bytes(1000)).serialize()
-                ended = asyncio.ensure_future(slow.rest())
-                for byte in block:
-                    if drip:
-                        slow.send(bytes([byte]))
-                    await asyncio.sleep(0.02)
-                    if ended.done():
-                        break
-                await ended
-                assert len(server.connections) == 1
-                silent.request()
-                assert (await silent.answer())["grpc-status"] == "0"
+        async with running(options=limits) as (server, address), Raw.connect(address) as slow, Raw.connect(address) as silent:
+            await silent.ping()
+            await slow.ping()
+            slow.send(HeadersFrame(1, slow.encoder.encode([(":method", "POST")])))  # no END_HEADERS
+            block = ContinuationFrame(1, bytes(1000)).serialize()
+            ended = asyncio.ensure_future(slow.rest())
+            for byte in block:
+                if drip:
+                    slow.send(bytes([byte]))
+                await asyncio.sleep(0.02)
+                if ended.done():
+                    break
+            await ended
+            assert len(server.connections) == 1
+            silent.request()
+            assert (await silent.answer())["grpc-status"] == "0"
 
     run(main)
 
@@ -513,17 +519,19 @@ def test_idle_and_age() -> None:
         return request
 
     async def main() -> None:
-        async with running({"Slow": unary(slow)}, options={"grpc.max_connection_idle_ms": 100}) as (_, address):
-            async with Raw.connect(address) as client:
-                client.request(name="Slow")
-                assert (await client.answer())["grpc-status"] == "0"
-                assert (await client.goaway()).additional_data == b"connection idle"
+        async with (
+            running({"Slow": unary(slow)}, options={"grpc.max_connection_idle_ms": 100}) as (_, address),
+            Raw.connect(address) as client,
+        ):
+            client.request(name="Slow")
+            assert (await client.answer())["grpc-status"] == "0"
+            assert (await client.goaway()).additional_data == b"connection idle"
         async with running({"Slow": unary(slow)}, options={"grpc.max_connection_age_ms": 100}) as (_, address):
             async with Raw.connect(address) as client:
                 client.request(name="Slow")
                 assert (await client.answer())["grpc-status"] == "0"
                 assert (await client.goaway()).additional_data == b"max_age"
-            async with grpc.aio.insecure_channel(address) as channel:
+            async with connect(address) as channel:
                 for _ in range(5):
                     assert await channel.unary_unary(path("Slow"))(b"x") == b"x"
 
@@ -545,7 +553,7 @@ def test_age_has_a_grace() -> None:
 
 
 def test_drain_says_goaway_twice() -> None:
-    """A call sent before the client knows of the end is accepted; the second GOAWAY comes after its PING, and names the last call."""
+    """A call sent before the client knows of the end is accepted; the second GOAWAY follows its PING and names the last call."""
 
     async def main() -> None:
         async with running() as (server, address), Raw.connect(address) as client:
@@ -603,10 +611,9 @@ def test_stop_ends_what_is_left(grace: float | None) -> None:
         return b""
 
     async def main() -> None:
-        async with running({"M": unary(method)}) as (server, address), grpc.aio.insecure_channel(address) as channel:
+        async with running({"M": unary(method)}) as (server, address), connect(address) as channel:
             call = asyncio.ensure_future(failure(channel.unary_unary(path("M"))(b"")))
-            while not server.active_calls:
-                await asyncio.sleep(0.01)
+            await eventually(lambda: server.active_calls)
             await asyncio.sleep(0.05)
             await server.stop(grace)
             assert (await call).code() is StatusCode.UNAVAILABLE
@@ -619,7 +626,7 @@ def test_stop_ends_what_is_left(grace: float | None) -> None:
 
 @pytest.mark.parametrize("round_", range(3))
 def test_stop_under_load(round_: int) -> None:
-    """While a server stops, clients without any retry see answers or UNAVAILABLE, never CANCELLED, and what was accepted is answered."""
+    """While a server stops, clients without retries see answers or UNAVAILABLE, and what was accepted is answered."""
     accepted, answered, codes = [0], [0], set()
 
     async def count(request: bytes, _context: Any) -> bytes:
@@ -638,7 +645,7 @@ def test_stop_under_load(round_: int) -> None:
 
     async def main() -> None:
         async with running({"Count": unary(count)}) as (server, address):
-            channels = [grpc.aio.insecure_channel(address, [("grpc.use_local_subchannel_pool", 1)]) for _ in range(4)]
+            channels = [connect(address, [("grpc.use_local_subchannel_pool", 1)]) for _ in range(4)]
             callers = [asyncio.ensure_future(caller(channel)) for channel in channels for _ in range(25)]
             await asyncio.sleep(0.5)
             await server.stop(10)
@@ -683,8 +690,7 @@ def test_rapid_reset() -> None:
                         await client.ping()  # still welcome
                 assert (await client.goaway()).error_code != 0
             await check_alive(address)
-            while server.active_calls:
-                await asyncio.sleep(0.01)
+            await eventually(lambda: not server.active_calls)
             await asyncio.sleep(0.05)
             assert began == ended
 
@@ -702,8 +708,7 @@ def test_made_you_reset() -> None:
                     client.send(WindowUpdateFrame(2 * number + 1, window_increment=1).serialize()[:-1] + b"\0")  # an increment of 0
                 await client.rest()
             await check_alive(address)
-            while server.active_calls:
-                await asyncio.sleep(0.01)
+            await eventually(lambda: not server.active_calls)
 
     run(main)
 
@@ -843,7 +848,6 @@ def test_connection_lost() -> None:
                 await client.ping()
                 assert server.active_calls == 20
                 client.writer.transport.abort()
-            while server.active_calls or server.connections:
-                await asyncio.sleep(0.01)
+            await eventually(lambda: not (server.active_calls or server.connections))
 
     run(main)

@@ -36,7 +36,7 @@ def test_health(make: Callable[..., Any]) -> None:
 
 
 def test_reflection(make: Callable[..., Any]) -> None:
-    """grpcio's own blocking client reads the descriptors."""
+    """The blocking client of grpcio reads the descriptors."""
 
     async def main() -> None:
         async with running(make=make) as (server, address):

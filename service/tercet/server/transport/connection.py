@@ -30,17 +30,14 @@ from grpc import StatusCode
 from ngh2 import DataReceived, ErrorCode, PingAcknowledged, PingReceived, RequestReceived, Setting, SettingsReceived, StreamClosed
 
 from tercet.server.transport.call import SEND_BUFFER_BYTES, Call
-from tercet.server.transport.wire import CallError, header_bytes
+from tercet.server.transport.wire import CallError
 
 if TYPE_CHECKING:
-    from tercet.server.transport.limits import Limits
     from tercet.server.transport.server import Server
 
 log = logging.getLogger(__name__)
 
 STREAM_WINDOW_BYTES, CONNECTION_WINDOW_BYTES = 2**20, 2**24  # what a client may send before a handler reads
-RESETS, GLITCHES = (10_000, 1_000), (10_000, 330)  # burst, and per second; calls that are cancelled under overload are no attack
-HEADER_BYTES = 2**18  # of headers, decoded: beyond, the connection is closed; from Limits.metadata_bytes on, the call is refused
 DRAIN_SECONDS = 1.0  # for the client to acknowledge that it knows of the end
 LINGER_SECONDS = 0.5  # for the client to read the end and close; a socket that is closed with unread input loses output
 CLIENT_IDLE_PING_SECONDS = 7200.0  # between pings of a client without calls, where it may not ping more often
@@ -80,7 +77,6 @@ class Connection(asyncio.Protocol):
     # asyncio.Protocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Called by the event loop, after the TLS handshake if there is one."""
         self.transport = transport  # type: ignore[assignment]
         tls: ssl.SSLObject | None = transport.get_extra_info("ssl_object")
         if (tls is not None and tls.selected_alpn_protocol() != "h2") or self.server.stopping:
@@ -89,13 +85,11 @@ class Connection(asyncio.Protocol):
         self.server.connections.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
-        """Called by the event loop."""
         self.closing = True
         self.server.connections.discard(self)
         self._close_calls()
 
     def data_received(self, data: bytes) -> None:
-        """Called by the event loop with what one read brought."""
         if self.closing:
             return
         try:
@@ -114,11 +108,9 @@ class Connection(asyncio.Protocol):
             self.flush()
 
     def pause_writing(self) -> None:
-        """Called by the event loop when the client reads too slowly."""
         self.paused = True
 
     def resume_writing(self) -> None:
-        """Called by the event loop."""
         self.paused = False
         self.flush()
 
@@ -165,7 +157,7 @@ class Connection(asyncio.Protocol):
                 elif data == KEEPALIVE_PING:
                     self.pinged_at = None
             case ngh2.ConnectionClosed():  # both sides have said all, or one has broken the rules: GOAWAY is in the output
-                self._write(self.session.data_to_send())
+                self.transport.write(self.session.data_to_send())
                 self._close()
 
     def _begin(self, event: RequestReceived) -> None:
@@ -178,12 +170,9 @@ class Connection(asyncio.Protocol):
         try:
             if status := http_status(call.fields):
                 call.refuse(status)
-                return
-            self.server.check_concurrency()
-            size, limit = header_bytes(event.headers), self.server.limits.metadata_bytes
-            if size > limit:
-                raise CallError(StatusCode.RESOURCE_EXHAUSTED, f"the metadata of a call may take {limit} bytes, got {size}")
-            call.start()
+            else:
+                self.server.check_call(event.headers)
+                call.start()
         except CallError as error:
             call.interrupt(error.code, str(error))
 
@@ -207,7 +196,7 @@ class Connection(asyncio.Protocol):
     def call_finished(self) -> None:
         """A call has ended."""
         self.sent = True
-        self.server.call_finished()
+        self.server.active_calls -= 1
         self.wake()
 
     def flush(self) -> None:
@@ -216,7 +205,8 @@ class Connection(asyncio.Protocol):
         if self.paused or self.closing or not self.initiated:
             return
         try:
-            self._write(self.session.data_to_send())
+            if data := self.session.data_to_send():
+                self.transport.write(data)
             if events := self.session.events():
                 self._handle(events)
         except ngh2.NGH2Error as error:
@@ -226,10 +216,6 @@ class Connection(asyncio.Protocol):
             self._wake_writers()
         if self.drained and not self.calls:
             self._close()
-
-    def _write(self, data: bytes) -> None:
-        if data:
-            self.transport.write(data)
 
     def _wake_writers(self) -> None:
         for call in list(self.writers):
@@ -255,7 +241,7 @@ class Connection(asyncio.Protocol):
             return
         try:
             self.session.send_shutdown_notice()
-            self._write(self.session.data_to_send())  # nghttp2 would send the PING first
+            self.transport.write(self.session.data_to_send())  # nghttp2 would send the PING first
             self.session.ping(DRAIN_PING)
         except ngh2.NGH2Error as error:
             self._fail(error)
@@ -287,10 +273,10 @@ class Connection(asyncio.Protocol):
         """The client has broken HTTP/2 in a way that ends nghttp2's session: say so, and close."""
         log.info("%s: %s", self.peer, error)
         if not self.settings_received and b" HTTP/1." in data[:8192]:
-            self._write(HTTP1_ANSWER)
+            self.transport.write(HTTP1_ANSWER)
         else:
             calm = isinstance(error, ngh2.DenialOfServiceError)
-            self._write(goaway(ErrorCode.ENHANCE_YOUR_CALM if calm else ErrorCode.PROTOCOL_ERROR, str(error)))
+            self.transport.write(goaway(ErrorCode.ENHANCE_YOUR_CALM if calm else ErrorCode.PROTOCOL_ERROR, str(error)))
         self._close()
 
     def _close(self) -> None:
@@ -407,16 +393,3 @@ def certificate_names(certificate: Mapping[str, Any]) -> dict[str, list[bytes]]:
         if key:
             names.setdefault(key, []).append(str(value).encode())
     return names
-
-
-def session_configuration(limits: "Limits") -> ngh2.Configuration:
-    """What nghttp2 enforces; it checks concurrent streams against the SETTINGS."""
-    return ngh2.Configuration(
-        auto_window_update=False,
-        stream_reset_rate_limit=RESETS,
-        glitch_rate_limit=GLITCHES,
-        max_continuations=8,
-        max_outbound_ack=1_000,
-        max_inbound_header_list_size=max(HEADER_BYTES, limits.metadata_bytes),
-        max_inbound_header_count=1_024,
-    )

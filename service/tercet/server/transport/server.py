@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import errno
 import logging
+import os
 import socket
 import ssl
 import time
@@ -11,16 +13,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import grpc
+import ngh2
 from grpc import StatusCode
 
 from tercet.server.transport.call import Call
-from tercet.server.transport.connection import LINGER_SECONDS, Connection, session_configuration
+from tercet.server.transport.connection import LINGER_SECONDS, Connection
 from tercet.server.transport.limits import Limits
-from tercet.server.transport.wire import CallError
+from tercet.server.transport.wire import CallError, Headers, header_bytes
 
 log = logging.getLogger(__name__)
 
 BACKLOG = 1024
+RESETS = (10_000, 1_000)  # RST_STREAM at once, and per second; calls that are cancelled under overload are no attack
+HEADER_BYTES = 2**18  # of headers, decoded: beyond, the connection is closed; from Limits.metadata_bytes on, the call is refused
 CANCELLED_SECONDS = 1.0  # that handlers have to clean up after they were cancelled
 
 Contexts = ssl.SSLContext | Callable[[], ssl.SSLContext]
@@ -44,7 +49,11 @@ class Server(grpc.aio.Server):
         compression: grpc.Compression | None,
     ) -> None:
         self.limits = Limits.read(options)
-        self.session_configuration = session_configuration(self.limits)
+        self.session_configuration = ngh2.Configuration(
+            auto_window_update=False,
+            stream_reset_rate_limit=RESETS,
+            max_inbound_header_list_size=max(HEADER_BYTES, self.limits.metadata_bytes),
+        )
         self.compression = compression
         self.connections: set[Connection] = set()
         self.active_calls = 0  # that have not ended
@@ -56,7 +65,8 @@ class Server(grpc.aio.Server):
         self._sockets: list[tuple[socket.socket, Contexts | None]] = []
         self._unix_paths: list[Path] = []
         self._listeners: list[asyncio.Server] = []
-        self._idle, self._terminated = asyncio.Event(), asyncio.Event()
+        self._checking: asyncio.Task[None] | None = None
+        self._terminated = asyncio.Event()
 
     # grpc.aio.Server
 
@@ -107,7 +117,8 @@ class Server(grpc.aio.Server):
         await self._closed(2 * LINGER_SECONDS)
         for connection in list(self.connections):
             connection.transport.abort()
-        self._checking.cancel()
+        if self._checking:
+            self._checking.cancel()
         for bound, _ in self._sockets:
             bound.close()
         for path in self._unix_paths:
@@ -124,14 +135,13 @@ class Server(grpc.aio.Server):
 
     # For connections and calls.
 
-    def check_concurrency(self) -> None:
-        """Raise CallError when there are more calls than `maximum_concurrent_rpcs`."""
+    def check_call(self, headers: Headers) -> None:
+        """Raise CallError when a call has too much metadata, or when there are too many calls."""
+        size, limit = header_bytes(headers), self.limits.metadata_bytes
+        if size > limit:
+            raise CallError(StatusCode.RESOURCE_EXHAUSTED, f"the metadata of a call may take {limit} bytes, got {size}")
         if self._max_calls is not None and self.active_calls > self._max_calls:
             raise CallError(StatusCode.RESOURCE_EXHAUSTED, "Concurrent RPC limit exceeded!")
-
-    def call_finished(self) -> None:
-        """A call has ended."""
-        self.active_calls -= 1
 
     def registered_handler(self, path: bytes) -> Any:
         """The handler of a method, if it can be told without interceptors and generic handlers."""
@@ -180,8 +190,8 @@ class Server(grpc.aio.Server):
         """Wait until all connections are closed, but no longer than that."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                while self.connections:
-                    await asyncio.sleep(0.01)  # noqa: ASYNC110  not worth an event: a server stops once
+                while self.connections:  # noqa: ASYNC110  not worth an event: a server stops once
+                    await asyncio.sleep(0.01)
 
 
 def bind_tcp(address: str, *, reuse_port: bool) -> socket.socket:
@@ -206,12 +216,19 @@ def bind_tcp(address: str, *, reuse_port: bool) -> socket.socket:
 
 
 def bind_unix(address: str) -> socket.socket:
-    """A socket for unix:PATH, unix:///PATH or unix-abstract:NAME; a socket that a dead server left is replaced. Raises OSError."""
+    """A socket for unix:PATH, unix:///PATH or unix-abstract:NAME; one that a dead server left is replaced. Raises OSError."""
     scheme, _, path = address.partition(":")
     path = f"\0{path}" if scheme == "unix-abstract" else path.removeprefix("//")
-    with contextlib.suppress(OSError, ValueError):
-        if Path(path).is_socket():
-            Path(path).unlink()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            if scheme == "unix":
+                Path(path).unlink()
+        except OSError:
+            pass
+        else:
+            raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
     bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         bound.bind(path)
@@ -236,7 +253,7 @@ def handshake_context(contexts: Contexts) -> ssl.SSLContext:
             latest = now
         connection.context = latest
 
-    current.sni_callback = renew  # type: ignore[assignment]  # OpenSSL calls it in each handshake, with or without a name
+    current.sni_callback = renew  # OpenSSL calls it in each handshake, with or without a name
     return current
 
 
