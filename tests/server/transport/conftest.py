@@ -1,6 +1,7 @@
 """Servers in this process, over nghttp2 and, to compare, over grpcio; and a client that sends frames as it likes."""
 
 import asyncio
+import os
 import struct
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -9,16 +10,18 @@ from typing import Any, Self
 import grpc
 import hpack
 import pytest
+import uvloop
 from hyperframe.frame import DataFrame, Frame, GoAwayFrame, HeadersFrame, PingFrame, SettingsFrame
 from tercet.server import transport
 
 SERVICE = "test.Test"
 OWN = [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0)]  # a connection that no other test shares
 SERVERS: dict[str, Callable[..., Any]] = {"nghttp2": transport.server, "grpcio": grpc.aio.server}
+PLAIN_ASYNCIO = "TERCET_TEST_PLAIN_ASYNCIO"  # run these tests without uvloop, which the service uses where it is there
 SECONDS = 30.0  # that anything may take on a busy machine
 
 
-@pytest.fixture(params=SERVERS)
+@pytest.fixture(params=["nghttp2", pytest.param("grpcio", marks=pytest.mark.slow)])
 def make(request: pytest.FixtureRequest) -> Callable[..., Any]:
     """What makes a server: ours must do as grpc.aio does."""
     return SERVERS[request.param]
@@ -96,7 +99,7 @@ def run(main: Callable[[], Any]) -> None:
         async with asyncio.timeout(SECONDS):
             await main()
 
-    asyncio.run(bounded())
+    (uvloop if PLAIN_ASYNCIO not in os.environ else asyncio).run(bounded())
 
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"

@@ -1,13 +1,17 @@
 """Calls, over nghttp2 and over grpcio: a handler and a client cannot tell which."""
 
 import asyncio
+import inspect
 import logging
+import socket
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 from grpc import StatusCode
+from tercet.server import transport
 
 from tests.server.transport.conftest import calling, connect, eventually, failure, path, run, running, unary
 
@@ -426,6 +430,39 @@ def test_addresses_and_peers(make: Make, address: str, tmp_path: Any) -> None:
     for peer, *security in peers:
         assert peer.startswith(("ipv4:127.0.0.1:", "ipv6:%5B::1%5D:", "unix:"))
         assert security == [{"transport_security_type": [b"insecure"], "security_level": [b"TSI_SECURITY_NONE"]}, None, None]
+
+
+def test_unix_socket_of_a_dead_server(tmp_path: Path) -> None:
+    """A socket file that a dead server has left is replaced, that of a live one is an error, and it goes with the server."""
+    where = tmp_path / "socket"
+
+    async def main() -> None:
+        with socket.socket(socket.AF_UNIX) as left:
+            left.bind(str(where))
+        async with running(address=f"unix:{where}") as (_, address), connect(address) as channel:
+            assert await channel.unary_unary(path("Echo"))(b"x") == b"x"
+            with pytest.raises(RuntimeError, match="Address already in use"):
+                transport.server().add_insecure_port(address)
+        assert not where.exists()
+
+    run(main)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:x", "unix:/no/such/folder/socket", "no.such.host.invalid:0", "192.0.2.1:0"])
+def test_addresses_that_cannot_be_bound(address: str) -> None:
+    """An address that is wrong or not of this machine is a RuntimeError, as in grpc.aio."""
+
+    async def main() -> None:
+        with pytest.raises(RuntimeError, match="Failed to bind to address"):
+            transport.server().add_insecure_port(address)
+
+    run(main)
+
+
+def test_arguments_are_those_of_grpcio() -> None:
+    """`transport.server` takes what grpc.aio.server takes, under the same names and in the same order."""
+    ours, theirs = (inspect.signature(make).parameters for make in (transport.server, grpc.aio.server))
+    assert list(ours) == list(theirs)
 
 
 def test_many_calls_at_once(make: Make) -> None:

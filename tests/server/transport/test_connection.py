@@ -515,7 +515,7 @@ def test_idle_and_age() -> None:
     """A connection without calls, and one that is old, end with GOAWAY and a reason; calls in flight are answered first."""
 
     async def slow(request: bytes, _context: Any) -> bytes:
-        await asyncio.sleep(0.5)
+        await asyncio.sleep(0.3)
         return request
 
     async def main() -> None:
@@ -532,7 +532,7 @@ def test_idle_and_age() -> None:
                 assert (await client.answer())["grpc-status"] == "0"
                 assert (await client.goaway()).additional_data == b"max_age"
             async with connect(address) as channel:
-                for _ in range(5):
+                for _ in range(3):
                     assert await channel.unary_unary(path("Slow"))(b"x") == b"x"
 
     run(main)

@@ -256,7 +256,7 @@ class Call(grpc.aio.ServicerContext[Any, Any]):
             self.timer.cancel()
         if self.writer and not self.writer.done():
             self.writer.set_result(None)
-        self.connection.call_finished()
+        self.connection.call_finished(self.finished_at)
 
     def _check_unfinished(self) -> None:
         if self._aborted:

@@ -193,9 +193,9 @@ class Connection(asyncio.Protocol):
             self.waking = True
             self.server.loop.call_soon(self.flush)
 
-    def call_finished(self) -> None:
+    def call_finished(self, now: float) -> None:
         """A call has ended."""
-        self.sent = True
+        self.sent, self.used_at = True, now
         self.server.active_calls -= 1
         self.wake()
 
