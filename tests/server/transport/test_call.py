@@ -300,7 +300,7 @@ def test_serializers(make: Make, caplog: pytest.LogCaptureFixture) -> None:
     async def method(request: Any, _context: Any) -> Any:
         return request + 1
 
-    handler = grpc.unary_unary_rpc_method_handler(
+    handler: Any = grpc.unary_unary_rpc_method_handler(
         method, request_deserializer=int, response_serializer=lambda number: b"%d" % number
     )
 

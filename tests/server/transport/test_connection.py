@@ -765,6 +765,39 @@ def test_empty_frames() -> None:
     run(main)
 
 
+def test_refused_and_reset_at_once() -> None:
+    """A request that is refused, or answered, and is reset in the same read, leaves the connection as it is."""
+
+    async def main() -> None:
+        async with running() as (_, address), Raw.connect(address) as client:
+            for stream_id, fields in (
+                (1, {"content_type": "text/plain"}),
+                (3, {"grpc_timeout": "x"}),
+                (5, {"__method": "GET"}),
+                (7, {}),
+            ):
+                client.request(stream_id, content=None, end=False, **fields)
+                client.send(RstStreamFrame(stream_id, error_code=CANCEL))
+            client.request(9)
+            assert (await client.answer(9))["grpc-status"] == "0"
+
+    run(main)
+
+
+def test_goaway_names_the_last_call() -> None:
+    """The GOAWAY after an attack tells which calls were accepted: a client must not send those again."""
+
+    async def main() -> None:
+        async with running({"Forever": unary(forever)}) as (_, address), Raw.connect(address) as client:
+            client.request(1, name="Forever")
+            await client.ping()
+            client.send(HeadersFrame(3, client.encoder.encode([(":method", "POST")])))
+            client.send(ContinuationFrame(3, client.encoder.encode([("x", "y")])).serialize() * 1000)
+            assert (await client.goaway()).last_stream_id == 1
+
+    run(main)
+
+
 def test_continuation_flood() -> None:
     """Headers that never end (CVE-2024-27316) end the connection."""
 

@@ -12,7 +12,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import grpc
@@ -234,7 +234,8 @@ class Call(grpc.aio.ServicerContext[Any, Any]):
 
     def refuse(self, http_status: bytes) -> None:
         """End a request that is not gRPC."""
-        self.connection.session.send_response(self.stream_id, ((b":status", http_status),), end_stream=True)
+        with suppress(ngh2.NGH2Error):  # the client has just reset it
+            self.connection.session.send_response(self.stream_id, ((b":status", http_status),), end_stream=True)
         self._finish()
 
     def interrupt(self, code: StatusCode, details: str) -> None:

@@ -63,6 +63,7 @@ class Connection(asyncio.Protocol):
     pinged_at: float | None = None
     last_ping_at = 0.0
     strikes = 0
+    last_stream_id = 0
     sent = True  # something of a call, since the client's last ping
 
     def __init__(self, server: "Server") -> None:
@@ -162,7 +163,7 @@ class Connection(asyncio.Protocol):
 
     def _begin(self, event: RequestReceived) -> None:
         """A call's headers have come."""
-        self.used_at = self.heard_at
+        self.used_at, self.last_stream_id = self.heard_at, event.stream_id
         call = Call(self, event.stream_id, event.headers)
         self.calls[event.stream_id] = call
         self.server.active_calls += 1
@@ -182,8 +183,7 @@ class Connection(asyncio.Protocol):
             self.session.acknowledge_received_data(size, stream_id)
         except ngh2.NGH2Error:  # the connection has ended
             return
-        if not self.waking:
-            self.wake()
+        self.wake()
 
     # Out.
 
@@ -275,8 +275,8 @@ class Connection(asyncio.Protocol):
         if not self.settings_received and b" HTTP/1." in data[:8192]:
             self.transport.write(HTTP1_ANSWER)
         else:
-            calm = isinstance(error, ngh2.DenialOfServiceError)
-            self.transport.write(goaway(ErrorCode.ENHANCE_YOUR_CALM if calm else ErrorCode.PROTOCOL_ERROR, str(error)))
+            code = ErrorCode.ENHANCE_YOUR_CALM if isinstance(error, ngh2.DenialOfServiceError) else ErrorCode.PROTOCOL_ERROR
+            self.transport.write(goaway(self.last_stream_id, code, str(error)))
         self._close()
 
     def _close(self) -> None:
@@ -374,9 +374,9 @@ def http_status(fields: Mapping[bytes, bytes]) -> bytes | None:
     return None if fields.get(b":method") == b"POST" else b"405"
 
 
-def goaway(code: int, text: str) -> bytes:
-    """A GOAWAY frame (RFC 9113, 6.8), for when there is no session to make one: no stream was processed after it."""
-    payload = bytes(4) + code.to_bytes(4, "big") + text.encode()
+def goaway(last_stream_id: int, code: int, text: str) -> bytes:
+    """A GOAWAY frame (RFC 9113, 6.8), for when there is no session to make one."""
+    payload = last_stream_id.to_bytes(4, "big") + code.to_bytes(4, "big") + text.encode()
     return len(payload).to_bytes(3, "big") + b"\x07\x00" + bytes(4) + payload
 
 

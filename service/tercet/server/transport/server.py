@@ -184,7 +184,11 @@ class Server(grpc.aio.Server):
             await asyncio.sleep(self.limits.check_seconds)
             now = time.monotonic()
             for connection in list(self.connections):
-                connection.check(now)
+                try:
+                    connection.check(now)
+                except Exception:  # one connection's trouble is not the others'
+                    log.exception("%s", connection.peer)
+                    connection.transport.abort()
 
     async def _closed(self, seconds: float) -> None:
         """Wait until all connections are closed, but no longer than that."""
