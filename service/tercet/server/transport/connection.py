@@ -157,9 +157,9 @@ class Connection(asyncio.Protocol):
                     self._finish_drain()
                 elif data == KEEPALIVE_PING:
                     self.pinged_at = None
-            case ngh2.ConnectionClosed():  # both sides have said all, or one has broken the rules: GOAWAY is in the output
+            case ngh2.ConnectionClosed(error_code=code):  # one side has sent GOAWAY, and all calls have ended
                 self.transport.write(self.session.data_to_send())
-                self._close()
+                self._close(LINGER_SECONDS if self.drained or code else 0)
 
     def _begin(self, event: RequestReceived) -> None:
         """A call's headers have come."""
@@ -279,12 +279,12 @@ class Connection(asyncio.Protocol):
             self.transport.write(goaway(self.last_stream_id, code, str(error)))
         self._close()
 
-    def _close(self) -> None:
-        """Close once the client has had time to read what was written."""
+    def _close(self, seconds: float = LINGER_SECONDS) -> None:
+        """Close once the client has had `seconds` to read what was written."""
         if not self.closing:
             self.closing = True
             self._close_calls()
-            self.server.loop.call_later(LINGER_SECONDS, self.transport.close)
+            self.server.loop.call_later(seconds, self.transport.close)
 
     def _close_calls(self) -> None:
         for call in self.calls.values():
