@@ -83,6 +83,10 @@ class Memory:
         """Whether it is closed."""
         return self.closed
 
+    def can_write_eof(self) -> bool:
+        """As with TLS."""
+        return False
+
     def close(self) -> None:
         """Close."""
         self.closed = True

@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 STREAM_WINDOW_BYTES, CONNECTION_WINDOW_BYTES = 2**20, 2**24  # what a client may send before a handler reads
 DRAIN_SECONDS = 1.0  # for the client to acknowledge that it knows of the end
-LINGER_SECONDS = 0.5  # for the client to read the end and close; a socket that is closed with unread input loses output
+LINGER_SECONDS = 0.5  # for the client to read the end and close: a socket that is closed with unread input loses output
 CLIENT_IDLE_PING_SECONDS = 7200.0  # between pings of a client without calls, where it may not ping more often
 KEEPALIVE_PING, DRAIN_PING = b"tercet-k", b"tercet-d"
 HTTP1_ANSWER = (
@@ -157,9 +157,9 @@ class Connection(asyncio.Protocol):
                     self._finish_drain()
                 elif data == KEEPALIVE_PING:
                     self.pinged_at = None
-            case ngh2.ConnectionClosed(error_code=code):  # one side has sent GOAWAY, and all calls have ended
+            case ngh2.ConnectionClosed():  # one side has sent GOAWAY, and all calls have ended
                 self.transport.write(self.session.data_to_send())
-                self._close(LINGER_SECONDS if self.drained or code else 0)
+                self._close()
 
     def _begin(self, event: RequestReceived) -> None:
         """A call's headers have come."""
@@ -279,12 +279,14 @@ class Connection(asyncio.Protocol):
             self.transport.write(goaway(self.last_stream_id, code, str(error)))
         self._close()
 
-    def _close(self, seconds: float = LINGER_SECONDS) -> None:
-        """Close once the client has had `seconds` to read what was written."""
+    def _close(self) -> None:
+        """Send FIN, and close when the client has, or has had time to read what was written."""
         if not self.closing:
             self.closing = True
             self._close_calls()
-            self.server.loop.call_later(seconds, self.transport.close)
+            if self.transport.can_write_eof():  # not with TLS
+                self.transport.write_eof()
+            self.server.loop.call_later(LINGER_SECONDS, self.transport.close)
 
     def _close_calls(self) -> None:
         for call in self.calls.values():
