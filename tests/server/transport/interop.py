@@ -40,18 +40,18 @@ async def echo_status(request: Any, context: Any) -> None:
 class TestServicer(services.TestServiceServicer):  # type: ignore[misc]
     """What the tests' clients expect."""
 
-    async def EmptyCall(self, request: Any, context: Any) -> Any:  # noqa: N802
+    async def EmptyCall(self, request: Any, context: Any) -> Any:
         await echo_metadata(context)
         return request
 
-    async def UnaryCall(self, request: Any, context: Any) -> Any:  # noqa: N802
+    async def UnaryCall(self, request: Any, context: Any) -> Any:
         if request.response_compressed.value:
             context.set_compression(grpc.Compression.Gzip)
         await echo_metadata(context)
         await echo_status(request, context)
         return messages.SimpleResponse(payload=payload(request.response_size))
 
-    async def StreamingOutputCall(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
+    async def StreamingOutputCall(self, request: Any, context: Any) -> AsyncIterator[Any]:
         if any(parameters.compressed.value for parameters in request.response_parameters):
             context.set_compression(grpc.Compression.Gzip)
         for parameters in request.response_parameters:
@@ -60,11 +60,11 @@ class TestServicer(services.TestServiceServicer):  # type: ignore[misc]
                 context.disable_next_message_compression()
             yield messages.StreamingOutputCallResponse(payload=payload(parameters.size))
 
-    async def StreamingInputCall(self, requests: AsyncIterator[Any], _context: Any) -> Any:  # noqa: N802
+    async def StreamingInputCall(self, requests: AsyncIterator[Any], _context: Any) -> Any:
         size = sum([len(request.payload.body) async for request in requests])
         return messages.StreamingInputCallResponse(aggregated_payload_size=size)
 
-    async def FullDuplexCall(self, requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:  # noqa: N802
+    async def FullDuplexCall(self, requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
         await echo_metadata(context)
         async for request in requests:
             await echo_status(request, context)
