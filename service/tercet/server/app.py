@@ -5,9 +5,10 @@ import gc
 import logging
 import os
 import signal
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 from weakref import WeakSet
 
@@ -20,7 +21,7 @@ from tercet.proto import POOL
 from tercet.server.config import MAX_INT, Config
 from tercet.server.repository import Repository
 from tercet.server.rpc import RpcServer
-from tercet.server.security import BearerTokens, reserve_port, tls_credentials
+from tercet.server.security import BearerTokens, reserve_port, tls_credentials, tls_files
 from tercet.server.servicers import SERVICES
 from tercet.server.telemetry import MetricMemory, Telemetry, start_metrics_server
 
@@ -79,12 +80,12 @@ class Server:
         self.repository = Repository(config, self.telemetry, self._tracing.record_batch if self._tracing else None)
         self._relay = relay
         self.stopping = asyncio.Event()
-        self._server = grpc.aio.server(interceptors=interceptors, options=list(_grpc_options(config).items()))
-        self.rpc = RpcServer(self._server, self.telemetry)
-        self._add_services()
         if config.workers == 1:  # with several, the parent has reserved it
             reserve_port(config).close()  # gRPC's own error names no cause, and goes to stderr
-        self.config = replace(config, port=self._server.add_secure_port(config.address, tls_credentials(config)))
+        self._server, port = _bind(config, interceptors)
+        self.config = replace(config, port=port)
+        self.rpc = RpcServer(self._server, self.telemetry)
+        self._add_services()
 
     def _add_services(self) -> None:
         for add_to_server, servicer in SERVICES.items():
@@ -175,6 +176,22 @@ def _start_tracing(endpoint: str) -> Any:
     except ImportError as error:
         raise StartupError(f"--trace-endpoint needs more packages: pip install '.[trace]' ({error})") from error
     return Tracing(endpoint)
+
+
+def _bind(config: Config, interceptors: Sequence[grpc.aio.ServerInterceptor]) -> tuple[grpc.aio.Server, int]:
+    """A server of the transport that was chosen, and its port. Raises StartupError."""
+    options = list(_grpc_options(config).items())
+    if config.transport == "grpcio" or (config.transport == "auto" and not find_spec("ngh2")):
+        server = grpc.aio.server(interceptors=interceptors, options=options)
+        return server, server.add_secure_port(config.address, tls_credentials(config))
+    try:
+        from tercet.server import transport  # noqa: PLC0415  needs ngh2
+    except ImportError as error:
+        raise StartupError(f"--transport nghttp2 needs more packages: pip install '.[serve]' ({error})") from error
+    http2 = transport.server(interceptors=interceptors, options=options)
+    if files := tls_files(config):
+        return http2, http2.add_secure_port(config.address, lambda: (files.refresh() or files.value).context)
+    return http2, http2.add_insecure_port(config.address)
 
 
 def _grpc_options(config: Config) -> dict[str, int]:

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import grpc
 from grpc_health.v1 import health
@@ -110,20 +110,35 @@ def reserve_port(config: Config) -> socket.socket:
     return reserved
 
 
+def tls_files(config: Config) -> "ReloadingFile[TlsFiles] | None":
+    """The certificate, key and client CAs of the port; None for plain text. Raises StartupError when they do not fit together."""
+    paths = [path for path in (config.tls_certificate, config.tls_key, config.tls_client_ca) if path]
+    return ReloadingFile(_read_tls_files, *paths) if paths else None
+
+
+class TlsFiles(NamedTuple):
+    """The same files, for OpenSSL and for gRPC."""
+
+    context: ssl.SSLContext
+    configuration: grpc.ServerCertificateConfiguration
+
+
 def tls_credentials(config: Config) -> grpc.ServerCredentials:
-    """The credentials to open the port with, insecure ones for plain text. Raises StartupError when the files do not fit together.
+    """The credentials to open a port of grpc.aio with, insecure ones for plain text. Raises StartupError as `tls_files` does.
 
     gRPC asks for new ones before each handshake; open connections stay.
     """
-    paths = [path for path in (config.tls_certificate, config.tls_key, config.tls_client_ca) if path]
-    if not paths:
+    if (files := tls_files(config)) is None:
         return grpc.insecure_server_credentials()
-    files = ReloadingFile(_read_tls_files, *paths)
+
+    def renewed() -> grpc.ServerCertificateConfiguration | None:
+        return value.configuration if (value := files.refresh()) else None
+
     mutual = config.tls_client_ca is not None
-    return grpc.dynamic_ssl_server_credentials(files.value, files.refresh, require_client_authentication=mutual)  # type: ignore[arg-type]
+    return grpc.dynamic_ssl_server_credentials(files.value.configuration, renewed, require_client_authentication=mutual)  # type: ignore[arg-type]
 
 
-def _read_tls_files(certificate: Path, key: Path, client_ca: Path | None = None) -> grpc.ServerCertificateConfiguration:
+def _read_tls_files(certificate: Path, key: Path, client_ca: Path | None = None) -> TlsFiles:
     """Read PEM files; check them with OpenSSL, as gRPC reports nothing useful."""
     pair, authorities = (_read(key), _read(certificate)), _read(client_ca) if client_ca else None
     context, problem = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), f"{certificate} and {key} are not a pair"
@@ -132,9 +147,10 @@ def _read_tls_files(certificate: Path, key: Path, client_ca: Path | None = None)
         if client_ca:
             problem = f"{client_ca} has no certificates"
             context.load_verify_locations(client_ca)
+            context.verify_mode = ssl.CERT_REQUIRED
     except OSError as error:
         raise StartupError(f"TLS: {problem}: {error}; use PEM files, the key without a password") from error
-    return grpc.ssl_server_certificate_configuration([pair], authorities)
+    return TlsFiles(context, grpc.ssl_server_certificate_configuration([pair], authorities))
 
 
 def sign_model(folder: Path, key: Path) -> Path:
