@@ -25,9 +25,7 @@ class Config:
     models: Path = option(Path("models"), "Folder of trained models, one subfolder per model.")
     engine: str = option("onnxruntime", "Engine that runs the models.", choices=("onnxruntime", "torch"))
     device: str = option("auto", "Device to run on; auto is cuda when there is a GPU.", choices=("auto", "cpu", "cuda"))
-    transport: str = option(
-        "grpcio", "HTTP/2 library; auto: nghttp2 if installed.", choices=("auto", "nghttp2", "grpcio")
-    )
+    transport: str = option("grpcio", "HTTP/2 library; auto: nghttp2 if installed.", choices=("auto", "nghttp2", "grpcio"))
     workers: int = option(1, "Processes that share the port.", minimum=1, maximum=1024)
     threads: int = option(1, "Threads that the engine uses for one batch on the CPU.", minimum=1, maximum=1024)
     max_request_rows: int = option(4096, "Maximum rows per request.", minimum=1, maximum=MAX_INT)
