@@ -24,7 +24,7 @@ lint: $(INSTALLED)
 
 # `dvc repro` writes tracked files: dvc.lock, metrics, plots. In a copy it leaves `git status` clean. The copy shares the DVC cache, so a
 # later `dvc repro` in the checkout restores what the copy has trained. Without SCM, DVC does not mind that git ignores build/.
-SOURCES := .dvc .dvcignore data/sample dvc.yaml models/*.py params.yaml pipeline service/tercet/card.py
+SOURCES := .dvc .dvcignore data/sample dvc.yaml 'models/*.py' params.yaml pipeline service/tercet/card.py
 models: $(INSTALLED) ## train in build/models, and bring the trained files back
 	mkdir -p build/models
 	git ls-files -z $(SOURCES) | tar --create --null --files-from=- | tar --extract --directory=build/models
