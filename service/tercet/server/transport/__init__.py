@@ -4,7 +4,7 @@
     socket <--one write per loop tick-- Connection <--ngh2-- headers, messages, trailers <-- Call
 
 grpc.aio needs a thread, a lock and several loop ticks for each call; here a call is one task. (Running a handler up to its first
-wait without a task was tried: cheaper for an echo, dearer for calls that wait in the batcher.) `server` takes the arguments of
+wait without a task was tried: cheaper for an echo, more expensive for calls that wait in the batcher.) `server` takes the arguments of
 grpc.aio.server, and servicers, interceptors, health and reflection cannot tell the difference. Only ports with TLS do: they take an
 ssl.SSLContext (see `Server.add_secure_port`).
 
@@ -37,6 +37,6 @@ def server(
     compression: grpc.Compression | None = None,
 ) -> Server:
     """A server with the arguments of grpc.aio.server. Options that limits.py does not name are ignored, as gRPC does."""
-    made = Server(interceptors or (), dict(options or ()), maximum_concurrent_rpcs, compression)
-    made.add_generic_rpc_handlers(handlers or ())
-    return made
+    new = Server(interceptors or (), dict(options or ()), maximum_concurrent_rpcs, compression)
+    new.add_generic_rpc_handlers(handlers or ())
+    return new

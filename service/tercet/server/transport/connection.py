@@ -377,7 +377,7 @@ def http_status(fields: Mapping[bytes, bytes]) -> bytes | None:
 
 
 def goaway(last_stream_id: int, code: int, text: str) -> bytes:
-    """A GOAWAY frame (RFC 9113, 6.8), for when there is no session to make one."""
+    """A GOAWAY frame (RFC 9113, 6.8), for a connection without a session."""
     payload = last_stream_id.to_bytes(4, "big") + code.to_bytes(4, "big") + text.encode()
     return len(payload).to_bytes(3, "big") + b"\x07\x00" + bytes(4) + payload
 

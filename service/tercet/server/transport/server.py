@@ -24,7 +24,7 @@ from tercet.server.transport.wire import CallError, Headers, header_bytes
 log = logging.getLogger(__name__)
 
 BACKLOG = 1024
-RESETS = (10_000, 1_000)  # RST_STREAM at once, and per second; calls that are cancelled under overload are no attack
+RESETS = (10_000, 1_000)  # RST_STREAM at once, and per second; calls cancelled under overload are not an attack
 HEADER_BYTES = 2**18  # of headers, decoded: beyond, the connection is closed; from Limits.metadata_bytes on, the call is refused
 CANCELLED_SECONDS = 1.0  # that handlers have to clean up after they were cancelled
 
@@ -144,7 +144,7 @@ class Server(grpc.aio.Server):
             raise CallError(StatusCode.RESOURCE_EXHAUSTED, "Concurrent RPC limit exceeded!")
 
     def registered_handler(self, path: bytes) -> Any:
-        """The handler of a method, if it can be told without interceptors and generic handlers."""
+        """The handler of a method, if it can be found without interceptors and generic handlers."""
         return None if self._interceptors else self._methods.get(path)
 
     async def find_handler(self, call: Call) -> Any:
