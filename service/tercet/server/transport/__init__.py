@@ -4,9 +4,9 @@
     socket <--one write per loop tick-- Connection <--ngh2-- headers, messages, trailers <-- Call
 
 grpc.aio needs a thread, a lock and several loop ticks for each call; here a call is one task. (Running a handler up to its first
-wait without a task was tried: it costs less for an echo, and more for calls that wait in the batcher.) `server` takes the arguments
-of grpc.aio.server, and servicers, interceptors, health and reflection cannot tell the difference. Only ports with TLS do: they take an
-ssl.SSLContext (see `Server.add_secure_port`).
+wait without a task was tried: it costs less for an echo, and more for calls that wait in the batcher.) `server` takes the
+arguments of grpc.aio.server. Servicers, interceptors, health and reflection cannot tell the difference. Only ports with TLS do:
+they take an ssl.SSLContext (see `Server.add_secure_port`).
 
 The standards: RFC 9113 (HTTP/2), RFC 7541 (HPACK), and gRPC's own "gRPC over HTTP2" (PROTOCOL-HTTP2.md), "Compression" and "Status
 codes" in the folder doc of github.com/grpc/grpc.
